@@ -1,0 +1,48 @@
+# Everything starts from a bare `python3` (3.10 or newer): the first target that needs it makes .venv from the lock.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+TOO_OLD = $(shell $(PYTHON) -c 'import sys; print(sys.version_info < (3, 10))' 2>&1 || echo none)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint bench docs lock clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
+
+$(READY): requirements.lock pyproject.toml
+	$(if $(filter False,$(TOO_OLD)),,$(error attnpred needs Python 3.10 or newer, and `$(PYTHON)` is not one: name another, as in `make PYTHON=python3.12`))
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY) ## the main job on the embedded model; writes attention.png
+	.venv/bin/attnpred demo --figure attention.png
+
+test: $(READY) ## all tests
+	$(PY) -m pytest -q
+
+check: $(READY) ## the quick tests, under a minute
+	$(PY) -m pytest -q -m "not slow"
+
+lint: $(READY) ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: $(READY) ## decode speed against the dense paths
+	$(PY) -m benchmarks.decode
+
+docs: $(READY) ## rewrite docs/cli.md and the table of README.md
+	$(PY) -m tools.docs_cli
+	$(PY) -m tools.readme_table
+
+lock: $(READY) ## rewrite requirements.lock; UPGRADE=1 moves to the newest versions
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
+	$(PY) -m tools.lock $(if $(UPGRADE),--upgrade)
+
+clean: ## remove .venv, caches and what the targets above wrote
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info attention.png
+	find attnpred tests tools recipes benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

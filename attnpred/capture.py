@@ -1,0 +1,107 @@
+"""Run a model over texts and write its attention as traces (`attnpred.predictor.traces`), to train a predictor on.
+
+One dense pass per document: the rows of its last T queries are the true attention of T decode steps with teacher-forced
+tokens, so nothing has to be decoded. The pass uses the ordinary cache with a policy that only remembers.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from attnpred import hf
+from attnpred.config import CacheConfig
+from attnpred.errors import ConfigError
+from attnpred.policies.base import Policy, View
+from attnpred.predictor.trace_format import TraceMeta
+from attnpred.predictor.traces import TraceWriter
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Remember(Policy):
+    """Keep every row that is shown; score nothing."""
+
+    def state_rows(self, history: int) -> int:
+        return history
+
+    def score(self, view: View) -> Tensor:
+        return torch.zeros(1, 1, view.zone.blocks)
+
+
+@torch.no_grad()
+def attention_trace(model: Any, tokens: Tensor, rows: int, block_size: int = 16) -> Tensor:
+    """Return the true attention [layers, Hkv, rows, N] of the last `rows` queries of `tokens` [1, L]: block maxima.
+
+    Layers are the full-attention layers, in order.
+    """
+    settings = CacheConfig(
+        budget=3 * block_size,
+        block_size=block_size,
+        num_sink_tokens=0,
+        recent_window=block_size,
+        history=rows,
+        dense_layers=0,
+        dense_when_fits=False,
+    )
+    with hf.attach(model, policy=Remember(), config=settings):
+        cache = hf.TieredCache(model.config, policy=Remember(), settings=settings)
+        model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return torch.stack([cache.decoders[i].history.ordered()[0] for i in sorted(cache.decoders)])
+
+
+def documents(name: str, text: str, tokenizer: Any, tokens: int) -> Iterator[tuple[str, Tensor]]:
+    """Cut a text into (name, token ids [1, tokens]) pieces that do not overlap; a rest that is too short is left out."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    for i in range(ids.shape[1] // tokens):
+        yield f"{name}-{i:04d}", ids[:, i * tokens : (i + 1) * tokens]
+
+
+def capture(
+    model: Any,
+    tokenizer: Any,
+    files: Iterable[Path],
+    out: Path,
+    *,
+    base_model: str,
+    tokens: int = 4096,
+    rows: int = 512,
+    block_size: int = 16,
+    per_file: int | None = None,
+) -> int:
+    """Write traces of `files` (text) into `out`; return how many documents it holds. Documents already there are kept.
+
+    tokens: length of a document; rows: its last queries that are recorded; per_file: at most this many documents a file.
+    """
+    if not 1 <= rows <= tokens:
+        raise ConfigError(f"got rows={rows}, expected 1 to tokens={tokens}: record at most every query of a document")
+    writer: TraceWriter | None = None
+    count = 0
+    for file in tqdm(sorted(files), desc="capture", unit="file"):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for index, (name, ids) in enumerate(documents(file.stem, text, tokenizer, tokens)):
+            if per_file is not None and index >= per_file:
+                break
+            count += 1
+            if writer is not None and writer.has(name):
+                continue
+            trace = attention_trace(model, ids.to(model.device), rows, block_size)
+            if writer is None:
+                identity = hf.fingerprint(model.config)
+                writer = TraceWriter(
+                    out,
+                    TraceMeta(
+                        base_model, identity, block_size, trace.shape[0], trace.shape[1], rows, "attnpred capture"
+                    ),
+                )
+            if not writer.has(name):
+                writer.add(name, trace, tokens - rows)
+    if count == 0:
+        raise ConfigError(
+            f"got no text of at least {tokens} tokens, expected one: give longer files, or lower --tokens"
+        )
+    return count

@@ -1,0 +1,37 @@
+"""`attnpred capture`: write the attention of a model over your texts, to train a predictor on (`attnpred train`)."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def capture(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or `demo`.")],
+    text: Annotated[
+        list[Path], typer.Option("--text", help="Text file, or folder of .txt files; may be given more than once.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the traces; an interrupted run there is resumed.")],
+    tokens: Annotated[int, typer.Option(help="Tokens of a document.")] = 4096,
+    rows: Annotated[int, typer.Option(help="Last queries of a document that are recorded.")] = 512,
+    per_file: Annotated[int | None, typer.Option(help="At most this many documents of a file.")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens of a block.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Record the true attention of a model; progress goes to stderr."""
+    import json
+
+    from attnpred.capture import capture as run
+    from attnpred.errors import ConfigError
+    from attnpred.hf import load_model
+
+    files = [file for path in text for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing or not files:
+        raise ConfigError(f"got {missing[0] if missing else text[0]}, expected a text file or a folder of .txt files")
+    lm, tokenizer = load_model(model)
+    name = "attnpred demo LM" if model == "demo" else model
+    count = run(
+        lm, tokenizer, files, out, base_model=name, tokens=tokens, rows=rows, block_size=block_size, per_file=per_file
+    )
+    print(json.dumps({"documents": count, "out": str(out)}) if as_json else f"{out}: {count} documents")

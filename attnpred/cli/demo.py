@@ -1,0 +1,82 @@
+"""`attnpred demo`: the main job on the embedded model. A long book, hidden facts, full cache against a part of it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def demo(
+    context: Annotated[int, typer.Option(help="Tokens of the book that are read.")] = 4096,
+    compression: Annotated[float, typer.Option(help="How many times less KV is to be read per step, all told.")] = 13.0,
+    policy: Annotated[str, typer.Option(help="Which policy chooses (see `attnpred info`).")] = "predicted",
+    documents: Annotated[int, typer.Option(help="Texts with planted facts.")] = 5,
+    steps: Annotated[int, typer.Option(help="Tokens of the continuation.")] = 256,
+    calibration: Annotated[int, typer.Option(help="A dense history row every this many steps; 0 is never.")] = 32,
+    dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 0,
+    text: Annotated[Path | None, typer.Option(help="A text of your own instead of the embedded book.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Write a picture of a head's attention over time (extra `plot`).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the planted facts.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Answer questions about a long book twice: with the full KV cache, and with a predicted part of it."""
+    import json
+    import sys
+
+    from attnpred.errors import ConfigError
+    from attnpred.evaluation.book import demo_book
+    from attnpred.evaluation.comparison import Plan, compare, demo_settings
+    from attnpred.hf import load_model
+
+    if text is not None and not text.is_file():
+        raise ConfigError(f"got {text}, expected a text file")
+    model, tokenizer = load_model("demo")
+    book = demo_book() if text is None else text.read_text(encoding="utf-8", errors="replace")
+    plan = Plan(context=context, documents=documents, steps=steps, seed=seed)
+    layers = int(model.config.num_hidden_layers)
+    settings = demo_settings(context, compression, calibration, dense_layers, layers)
+    result = compare(
+        model,
+        tokenizer,
+        book,
+        plan,
+        policy,
+        settings,
+        say=lambda line: print(f"  {line} ...", file=sys.stderr, flush=True),
+    )
+    picture = result.pop("picture")
+    if figure is not None and picture is not None:
+        from attnpred.report.attention_figure import draw
+
+        title = f"layer {picture.layer}, kv head {picture.head}, {context} tokens of context"
+        draw(picture.true, picture.predicted, picture.selected, title, figure)
+    result |= {"policy": policy, "figure": str(figure) if figure is not None and picture is not None else None}
+    print(_table(result, policy))
+    if as_json:
+        print(json.dumps(result))
+
+
+def _table(result: dict[str, Any], policy: str) -> str:
+    full, part = result["full"], result["predicted"]
+    rows = [
+        ("", "full cache", policy),
+        ("facts answered", f"{full['correct']} of {full['total']}", f"{part['correct']} of {part['total']}"),
+        ("bits per byte, continuation", f"{full['bits_per_byte']:.3f}", f"{part['bits_per_byte']:.3f}"),
+        ("tokens attended per step", f"{full['tokens_attended']:.0f}", f"{part['tokens_attended']:.0f}"),
+        ("KV bytes read per step", f"{full['read_bytes_per_step']:,.0f}", f"{part['read_bytes_per_step']:,.0f}"),
+        ("ms per token", f"{full['ms_per_token']:.1f}", f"{part['ms_per_token']:.1f}"),
+    ]
+    lines = [f"{name:<30}{left:>16}{right:>16}" for name, left, right in rows]
+    lines += [
+        "",
+        f"{result['compression']:.1f} times less KV read per step, over all layers, calibration included "
+        f"(budget {result['budget_tokens']} of {result['context_tokens']} tokens per head and layer).",
+        f"{result['attention_recovery']:.1%} of the true attention falls on the chosen blocks; "
+        f"{result['recovery_ratio']:.1%} of what the best blocks of that number would get.",
+        "All keys and values still lie in memory: this counts what is read, not what is stored.",
+    ]
+    if result["figure"]:
+        lines.append(f"Picture: {result['figure']}")
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""`attnpred generate`: one completion of a text file, streamed, with a budget."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or `demo`.")],
+    prompt_file: Annotated[Path, typer.Option(help="Text to continue.")],
+    budget: Annotated[
+        float, typer.Option(help="Tokens attended per head and layer, or a share of the context up to 1.")
+    ] = 1024,
+    policy: Annotated[str, typer.Option(help="Which policy chooses (see `attnpred info`).")] = "predicted",
+    predictor: Annotated[str | None, typer.Option(help="Folder or Hub id of a predictor of your own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    num_sink_tokens: Annotated[int, typer.Option(help="First tokens, always attended.")] = 64,
+    recent_window: Annotated[int, typer.Option(help="Last tokens, always attended.")] = 64,
+    block_size: Annotated[int, typer.Option(help="Tokens of a block.")] = 16,
+    calibration: Annotated[int, typer.Option(help="A dense history row every this many steps; 0 is never.")] = 5,
+    dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 2,
+    strict: Annotated[bool, typer.Option(help="Fail rather than fall back to dense attention.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print what was read, to stderr.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text and counters as one JSON object.")] = False,
+) -> None:
+    """Continue a text with a small part of its KV cache."""
+    import json
+    import sys
+
+    import torch
+    from tqdm import tqdm
+
+    from attnpred.config import CacheConfig
+    from attnpred.errors import ConfigError
+    from attnpred.hf import attach, load_model, text_streamer
+
+    if not prompt_file.is_file():
+        raise ConfigError(f"got {prompt_file}, expected a text file")
+    text = prompt_file.read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        raise ConfigError(f"got an empty prompt in {prompt_file}, expected some text")
+    settings = CacheConfig(
+        budget=int(budget) if budget > 1 and budget.is_integer() else budget,
+        block_size=block_size,
+        num_sink_tokens=num_sink_tokens,
+        recent_window=recent_window,
+        calibration_interval=calibration,
+        dense_layers=dense_layers,
+        strict=strict,
+    )
+    lm, tokenizer = load_model(model)
+    with attach(lm, policy=policy, config=settings, predictor=predictor) as attached:
+        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(lm.device)
+        longest = tokens.shape[1] + max_new_tokens
+        if isinstance(settings.budget, int) and settings.budget >= longest:
+            tqdm.write(
+                f"note: budget {settings.budget} holds all {longest} tokens, so attention is dense", file=sys.stderr
+            )
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        out = lm.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            streamer=None if as_json else text_streamer(tokenizer),
+            **sampling,
+        )
+        counters = attached.stats()
+    if as_json:
+        completion = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
+        print(json.dumps({"prompt_tokens": tokens.shape[1], "text": completion, "stats": counters}))
+    if stats:
+        total = counters["total"]
+        print(f"prompt {tokens.shape[1]} tokens, new {out.shape[1] - tokens.shape[1]}", file=sys.stderr)
+        for layer in [*counters["layers"], total | {"layer": "all"}]:
+            print(
+                f"layer {layer['layer']:>3}: attended {layer['tokens_attended']:.0f} of {layer['context_tokens']:.0f} tokens per step, "
+                f"read {layer['bytes_read'] + layer['calibration_bytes']:,} of {layer['full_bytes']:,} KV bytes "
+                f"({layer['compression']:.1f}x less), dense {layer['dense'] or 'never'}",
+                file=sys.stderr,
+            )

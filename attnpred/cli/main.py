@@ -1,0 +1,97 @@
+"""The command `attnpred`: the table of its commands, and what happens to their errors.
+
+To add a command: one file here with a function, and one line in `COMMANDS`. `attnpred --help` imports every command
+file, so a command imports torch and whatever needs torch inside its function (a test holds that).
+
+Exit codes: 0 done; 2 a user's mistake, told in one line on stderr; 130 interrupted; 1, quietly, when nobody reads the
+output any more (typer's own choice). Anything else is a bug, and its traceback is shown.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from attnpred.cli.capture import capture
+from attnpred.cli.demo import demo
+from attnpred.cli.generate import generate
+from attnpred.cli.info import info
+from attnpred.cli.train import train
+from attnpred.errors import AttnpredError
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "generate": generate,
+    "capture": capture,
+    "train": train,
+    "info": info,
+}
+
+USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 1
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from attnpred import __version__
+
+        typer.echo(f"attnpred {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Long-context decoding for transformers models, with a small part of the KV cache in fast memory."""
+
+
+def build() -> typer.Typer:
+    """Return the application with every command of `COMMANDS`."""
+    app = typer.Typer(
+        name="attnpred",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name, command in COMMANDS.items():
+        app.command(name)(command)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()  # here rather than at exit, where a closed pipe could not be caught
+    except AttnpredError as error:
+        return _complain(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
+        return PIPE_CLOSED
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        result: Any = build()(args=arguments, prog_name="attnpred", standalone_mode=False)
+    except Exception as error:
+        # Usage errors of typer's versions share no public base class; they all have this method.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "attnpred"
+        return _complain(f"{error.format_message()} (see {path} --help)")
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: object) -> int:
+    print("attnpred:", " ".join(str(message).split()), file=sys.stderr)
+    return USER_ERROR

@@ -1,0 +1,86 @@
+"""`CacheConfig`: every setting of a compressed cache, frozen and validated when made.
+
+Defaults are the published ones of AttentionPredictor (arXiv 2502.04077): blocks of 16 tokens, 64 sink and 64 recent
+tokens, 64 history rows, a dense history row every fifth step, the first two layers dense, a budget of 1024 tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+from attnpred.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """Settings of a compressed cache. Lengths are in tokens unless the name says otherwise.
+
+    budget: tokens attended per kv head and layer, sinks and recent window included, rounded down to whole blocks; a
+        float of at most 1 is a share of the context, and never less than `smallest_budget`.
+    block_size: P, tokens selected and read together.
+    num_sink_tokens, recent_window: always attended; multiples of `block_size`. The recent window is kept in whole
+        blocks, so up to one block more than it is attended.
+    history: H, rows of past attention a policy may look at.
+    calibration_interval: every this many decode steps the history gets a dense row, which reads all keys; 0 is never.
+    dense_layers: the first layers, which stay dense.
+    per_query_head: select for each query head instead of once per kv head (as the authors' code does; reads more).
+    strict: raise `NotSparseError` where a decode step falls back to dense attention.
+    measure_recovery: also compute the true attention of every step, for `stats()`; slow, for evaluation.
+    dense_when_fits: take the dense path while the context fits the budget; off only to test the sparse path.
+    """
+
+    budget: int | float = 1024
+    block_size: int = 16
+    num_sink_tokens: int = 64
+    recent_window: int = 64
+    history: int = 64
+    calibration_interval: int = 5
+    dense_layers: int = 2
+    per_query_head: bool = False
+    strict: bool = False
+    measure_recovery: bool = False
+    dense_when_fits: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("block_size", 1),
+            ("num_sink_tokens", 0),
+            ("recent_window", 1),
+            ("history", 1),
+            ("calibration_interval", 0),
+            ("dense_layers", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"got {name}={value!r}, expected a whole number of at least {least}")
+        for name in ("num_sink_tokens", "recent_window"):
+            if getattr(self, name) % self.block_size:
+                raise ConfigError(
+                    f"got {name}={getattr(self, name)}, expected a multiple of block_size={self.block_size}: change one of the two"
+                )
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        budget = self.budget
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or math.isnan(budget) or budget <= 0:
+            raise ConfigError(
+                f"got budget={budget!r}, expected a number of tokens, or a share of the context above 0 and up to 1"
+            )
+        if isinstance(budget, float) and budget > 1:
+            raise ConfigError(
+                f"got budget={budget!r}, expected a share of at most 1.0, or whole tokens: write {budget:.0f} for tokens"
+            )
+        if isinstance(budget, int) and budget < self.smallest_budget:
+            raise ConfigError(
+                f"got budget={budget}, expected at least {self.smallest_budget} ({self.num_sink_tokens} sink + {self.recent_window} "
+                f"recent tokens + 2 blocks of {self.block_size}): raise it, or lower num_sink_tokens or recent_window"
+            )
+
+    @property
+    def smallest_budget(self) -> int:
+        """Tokens of sinks, recent window, the partly filled block, and one block to choose."""
+        return self.num_sink_tokens + self.recent_window + 2 * self.block_size
+
+    def budget_blocks(self, tokens: int) -> int:
+        """Return how many blocks of each head may be attended in a context of `tokens`."""
+        budget = self.budget if isinstance(self.budget, int) else max(int(self.budget * tokens), self.smallest_budget)
+        return budget // self.block_size

@@ -1,0 +1,201 @@
+"""The decode step of one attention layer: select, attend, remember, forecast. Knows nothing of any framework above torch.
+
+    step t:  1. blocks: the forecast made at t-1 (or, for a policy that needs the query, made now)
+             2. `sparse_decode` over them: output and block maxima
+             3. the maxima, spread over the columns of all blocks, become the next row of the history; every
+                `calibration_interval` steps the row is the true one, computed from all keys
+             4. the policy scores the blocks for a context of one token more; the selection waits for t+1
+
+A call of several tokens (prompt, chunk of a prompt, second turn, verification of drafted tokens) is dense; its last H
+queries seed the history (`observe`), and the forecast follows from there.
+"""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from attnpred.config import CacheConfig
+from attnpred.kernels.dense import AttentionTerms, attention_rows, pool_blocks, probabilities
+from attnpred.kernels.torch import sparse_decode
+from attnpred.policies.base import Policy, View
+from attnpred.policies.select import Zone, select_blocks, zone_at
+from attnpred.predictor.history import History
+from attnpred.store.pool import BlockPool
+from attnpred.telemetry import LayerCounts
+
+
+@final
+class LayerDecoder:
+    """State and step of one attention layer: history, pending selection, counters."""
+
+    def __init__(self, config: CacheConfig, policy: Policy, counts: LayerCounts) -> None:
+        self.config, self.policy, self.counts = config, policy, counts
+        self.rows = policy.state_rows(config.history)
+        self.history = History(max(1, self.rows))
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the sequence."""
+        self.history.clear()
+        self.pending: tuple[Zone, Tensor] | None = None
+        self.first_block: Tensor | None = None
+        self.steps = 0
+
+    def fits(self, length: int) -> bool:
+        """True where the dense path is to be taken because every block may be attended anyway."""
+        return self.config.dense_when_fits and zone_at(self.config, length).covers_all
+
+    def observe(
+        self, query: Tensor, pool: BlockPool, terms: AttentionTerms, mask: Tensor | None, *, prompt: bool
+    ) -> None:
+        """Take in a dense call: query [B, Hq, Q, D], already in the pool; mask [B, Q, L] or None (causal).
+
+        Rows are computed only when they may be needed: when the context is within H tokens of outgrowing the budget.
+        """
+        if prompt:
+            self.steps = 0
+        self._note_padding(mask)
+        if self.policy.is_dense or self.fits(pool.length + self.config.history):
+            return
+        if self.rows:
+            recent = min(query.shape[2], self.rows if self.rows > 1 else self.config.history)
+            keys, _ = pool.view()
+            rows = attention_rows(
+                query[:, :, -recent:],
+                keys,
+                terms,
+                None if mask is None else mask[:, -recent:],
+                block_size=self.config.block_size,
+                selecting=self._selecting(query, pool),
+            )
+            self.policy.push(self.history, rows)
+        self._forecast(query, pool)
+
+    def step(self, query: Tensor, pool: BlockPool, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
+        """Attend with one query per row, [B, Hq, D], whose key is already in the pool; mask [B, L] or None.
+
+        Returns [B, Hq, D].
+        """
+        if self.policy.needs_query or self.pending is None or self.pending[0].length != pool.length:
+            self._select(query, pool, zone_at(self.config, pool.length), terms, mask)
+        assert self.pending is not None
+        zone, selection = self.pending
+        output, maxima, _ = sparse_decode(
+            query,
+            pool.keys,
+            pool.values,
+            selection,
+            pool.length,
+            block_size=pool.block_size,
+            scale=terms.scale,
+            softcap=terms.softcap,
+            sinks=terms.sinks,
+            mask=mask,
+        )
+        self._count(query, pool, zone, selection, terms, mask)
+        self.steps += 1
+        if self.rows:
+            self.policy.push(self.history, self._row(query, pool, zone, selection, maxima, terms, mask)[:, :, None])
+        self._forecast(query, pool)
+        return output
+
+    def _row(
+        self,
+        query: Tensor,
+        pool: BlockPool,
+        zone: Zone,
+        selection: Tensor,
+        maxima: Tensor,
+        terms: AttentionTerms,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Return this step's history row [B, Hs, N]: true every `calibration_interval` steps, else what was attended."""
+        interval = self.config.calibration_interval
+        if interval and self.steps % interval == 0:
+            self.counts.calibration_bytes += pool.key_bytes()
+            every = None if mask is None else mask[:, None]
+            keys, _ = pool.view()
+            selecting = selection.shape[1]
+            return attention_rows(
+                query[:, :, None], keys, terms, every, block_size=pool.block_size, selecting=selecting
+            )[:, :, 0]
+        row = maxima.new_zeros(*selection.shape[:2], zone.blocks + 1)
+        # Column `blocks` takes what id -1 (no block) would write.
+        row.scatter_(2, selection.masked_fill(selection < 0, zone.blocks), maxima)
+        return row[..., : zone.blocks]
+
+    def _forecast(self, query: Tensor, pool: BlockPool) -> None:
+        """Choose the blocks of the next token, from the past alone."""
+        self.pending = None
+        if not self.policy.needs_query:
+            zone = zone_at(self.config, pool.length + 1)
+            if not (self.config.dense_when_fits and zone.covers_all):
+                self._select(query, pool, zone, None, None)
+
+    def _select(
+        self, query: Tensor, pool: BlockPool, zone: Zone, terms: AttentionTerms | None, mask: Tensor | None
+    ) -> None:
+        def block_mass() -> Tensor:
+            assert terms is not None
+            mass = self._true_mass(query, pool, terms, mask)
+            return mass.unflatten(1, (self._selecting(query, pool), -1)).sum(2)
+
+        if self.rows and self.history.count == 0:
+            scores = torch.zeros(1, 1, zone.blocks, device=query.device)
+        else:
+            scores = self.policy.score(View(self.history, zone, block_mass))
+        scores = scores.to(query.device).expand(query.shape[0], self._selecting(query, pool), -1)
+        self.pending = zone, select_blocks(scores, zone, self.first_block)
+
+    def _true_mass(self, query: Tensor, pool: BlockPool, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
+        keys, _ = pool.view()
+        weights = probabilities(query[:, :, None], keys, terms, None if mask is None else mask[:, None])
+        return pool_blocks(weights[:, :, 0], pool.block_size, total=True)
+
+    def _count(
+        self, query: Tensor, pool: BlockPool, zone: Zone, selection: Tensor, terms: AttentionTerms, mask: Tensor | None
+    ) -> None:
+        blocks = selection.shape[2]
+        unfilled = zone.blocks * pool.block_size - pool.length
+        read = selection.numel() * pool.block_bytes()
+        self.counts.count_sparse(pool.length, blocks * pool.block_size - unfilled, blocks, read, pool.bytes())
+        if self.config.measure_recovery:
+            mass = self._true_mass(query, pool, terms, mask)
+            grouped = mass.unflatten(1, (selection.shape[1], -1))
+            inside = selection.clamp_min(0)[:, :, None].expand(-1, -1, grouped.shape[2], -1)
+            kept = (grouped.gather(3, inside) * (selection >= 0)[:, :, None]).sum(3)
+            top = grouped.sum(2).topk(min(blocks, zone.blocks), -1).indices
+            best = grouped.gather(3, top[:, :, None].expand(-1, -1, grouped.shape[2], -1)).sum(3)
+            self.counts.count_recovery(kept, best)
+
+    def _selecting(self, query: Tensor, pool: BlockPool) -> int:
+        return query.shape[1] if self.config.per_query_head else pool.keys.shape[1]
+
+    def _note_padding(self, mask: Tensor | None) -> None:
+        """Remember in which block each row begins, if rows are padded on the left."""
+        if mask is not None:
+            self.first_block = mask[:, -1].int().argmax(-1) // self.config.block_size
+
+    def crop(self, length: int) -> None:
+        """Tokens from `length` on were removed."""
+        self.history.crop(-(-length // self.config.block_size))
+        self.pending = None
+
+    def select(self, rows: Tensor) -> None:
+        """Make the batch `rows` of the old one (beams)."""
+        self.history.select(rows)
+        if self.first_block is not None:
+            self.first_block = self.first_block[rows.to(self.first_block.device)]
+        if self.pending is not None:
+            zone, selection = self.pending
+            self.pending = zone, selection[rows.to(selection.device)]
+
+    def repeat(self, times: int) -> None:
+        """Repeat each batch row `times` times."""
+        self.history.repeat(times)
+        if self.first_block is not None:
+            self.first_block = self.first_block.repeat_interleave(times, 0)
+        if self.pending is not None:
+            zone, selection = self.pending
+            self.pending = zone, selection.repeat_interleave(times, 0)

@@ -1,0 +1,50 @@
+"""Every error the library raises on purpose; a message says what was got, what was expected and what to do.
+
+    AttnpredError
+    ├── ConfigError        a setting is wrong, or two settings do not fit together (also a ValueError)
+    ├── ShapeError         a tensor has another shape than its name promises (also a ValueError)
+    ├── PredictorError     a predictor file is missing, damaged or made for something else
+    ├── TraceError         a folder of attention traces is missing, damaged or made for something else
+    ├── UnsupportedModelError   the model cannot be served; raised before the first token
+    ├── NotSparseError     `strict=True` and a step that should have been sparse was not
+    └── MissingExtraError  an optional package is not installed
+
+Messages are one line each.
+"""
+
+
+class AttnpredError(Exception):
+    """Base of all errors below; `except attnpred.AttnpredError` catches what a user can cause."""
+
+
+class ConfigError(AttnpredError, ValueError):
+    """A setting is wrong, or two settings do not fit together."""
+
+
+class ShapeError(AttnpredError, ValueError):
+    """A tensor has another shape than its name promises."""
+
+
+class PredictorError(AttnpredError):
+    """A predictor file is missing, damaged or made for something else."""
+
+
+class TraceError(AttnpredError):
+    """A folder of attention traces is missing, damaged or made for something else."""
+
+
+class UnsupportedModelError(AttnpredError):
+    """The model cannot be served."""
+
+
+class NotSparseError(AttnpredError):
+    """`strict=True` and a step that should have been sparse was not."""
+
+
+class MissingExtraError(AttnpredError, ImportError):
+    """An optional package is not installed."""
+
+
+def missing_extra(package: str, extra: str) -> MissingExtraError:
+    """Return the error for a missing optional `package` that the extra `extra` brings."""
+    return MissingExtraError(f"got no module {package!r}, expected it installed: pip install 'attnpred[{extra}]'")

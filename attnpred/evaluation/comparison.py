@@ -1,0 +1,167 @@
+"""Full cache against a policy, on one long text: facts answered, bits per byte, attention recovered, bytes read, time.
+
+What the demo runs. Bytes and compression are counted by the cache while it continues the text (`attnpred.telemetry`):
+all keys and values a dense step would read over all that were read, dense layers and calibration rows included. The
+run that measures recovery looks at every key, so it is a run of its own, and is not the one that is timed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnpred import hf
+from attnpred.config import CacheConfig
+from attnpred.errors import ConfigError
+from attnpred.evaluation import facts_task
+from attnpred.evaluation.continuation import Continuation, continue_text
+from attnpred.policies.base import View
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run: `context` tokens, `documents` texts with `facts` each, `steps` tokens of continuation."""
+
+    context: int = 4096
+    documents: int = 5
+    facts: int = 4
+    steps: int = 256
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOverTime:
+    """Attention of one head over the steps, rows = steps, columns = blocks: what happened, and what was forecast.
+
+    true, predicted: fp32 [T, N] (predicted: scores, between sinks and recent window); selected: bool [T, N].
+    """
+
+    layer: int
+    head: int
+    true: Tensor
+    predicted: Tensor
+    selected: Tensor
+
+
+def documents(tokenizer: Any, text: str, plan: Plan) -> list[facts_task.FactsDocument]:
+    """Plant facts in successive parts of `text`."""
+    book = tokenizer(text, verbose=False, return_tensors="pt")["input_ids"][0]
+    shift = max(0, (len(book) - plan.context) // max(1, plan.documents))
+    return [
+        facts_task.plant(tokenizer, book[i * shift :], plan.context, plan.facts, plan.seed + i)
+        for i in range(plan.documents)
+    ]
+
+
+def continuation_tokens(tokenizer: Any, text: str, plan: Plan) -> Tensor:
+    """Return the plain text to continue, [1, context + steps]."""
+    return tokenizer(text, verbose=False, return_tensors="pt")["input_ids"][:, : plan.context + plan.steps]  # type: ignore[no-any-return]
+
+
+def compare(
+    model: Any, tokenizer: Any, text: str, plan: Plan, policy: str, settings: CacheConfig, say: Any = print
+) -> dict[str, Any]:
+    """Run the plan with the full cache and with `policy`; return the figures by the names of `attnpred demo --json`."""
+    asked = documents(tokenizer, text, plan)
+    tokens = continuation_tokens(tokenizer, text, plan)
+    result: dict[str, Any] = {
+        "context_tokens": plan.context,
+        "budget_tokens": settings.budget_blocks(plan.context) * settings.block_size,
+    }
+    for name, chosen in (("full", "full"), ("predicted", policy)):
+        say(f"{chosen}: {plan.documents * plan.facts} questions about {plan.documents} texts of {plan.context} tokens")
+        with hf.attach(model, policy=chosen, config=settings) as attached:
+            correct, total = facts_task.score(model, tokenizer, asked)
+            say(f"{chosen}: continuing the book by {plan.steps} tokens")
+            cache = attached.new_cache()
+            continued = continue_text(model, tokenizer, tokens, plan.context, cache)
+        result[name] = _row(correct, total, continued, cache.stats()["total"], len(cache.decoders))
+    result["compression"] = result["full"]["read_bytes_per_step"] / result["predicted"]["read_bytes_per_step"]
+    say("recovery: comparing each step's selection with its true attention")
+    measured, picture = _measure(model, tokenizer, tokens, plan, policy, settings)
+    return result | measured | {"picture": picture}
+
+
+def _row(correct: int, total: int, continued: Continuation, stats: dict[str, Any], layers: int) -> dict[str, Any]:
+    steps = stats["steps"] / layers
+    return {
+        "correct": correct,
+        "total": total,
+        "bits_per_byte": continued.bits_per_byte,
+        "read_bytes_per_step": (stats["bytes_read"] + stats["calibration_bytes"]) / steps,
+        "tokens_attended": stats["tokens_attended"],
+        "ms_per_token": continued.ms_per_token,
+    }
+
+
+def _measure(
+    model: Any, tokenizer: Any, tokens: Tensor, plan: Plan, policy: str, settings: CacheConfig
+) -> tuple[dict[str, Any], HeadOverTime | None]:
+    """Run again with the true attention computed beside each step: recovery, and the picture of one head."""
+    watched = hf.make_settings(settings, {"measure_recovery": True})
+    rows: list[tuple[Tensor, Tensor]] = []
+    with hf.attach(model, policy=policy, config=watched) as attached:
+        cache = attached.new_cache()
+        layer = -1
+
+        def watch(step: int) -> None:
+            nonlocal layer
+            sparse = [i for i, d in cache.decoders.items() if d.pending is not None and d.rows]
+            layer = sparse[len(sparse) // 2] if sparse else -1
+            if layer >= 0:
+                decoder = cache.decoders[layer]
+                zone, selection = decoder.pending
+                scores = decoder.policy.score(View(decoder.history, zone))[0]
+                chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, selection[0].clamp_min(0), True)
+                rows.append((scores, chosen))
+
+        continue_text(model, tokenizer, tokens, plan.context, cache, watch)
+        stats = cache.stats()["total"]
+    measured = {name: stats.get(name, 1.0) for name in ("attention_recovery", "recovery_ratio")}
+    return measured, _picture(model, tokens, layer, rows) if rows else None
+
+
+def _picture(model: Any, tokens: Tensor, layer: int, rows: list[tuple[Tensor, Tensor]]) -> HeadOverTime:
+    from attnpred.capture import attention_trace
+
+    true = attention_trace(model, tokens.to(model.device), len(rows))[layer]
+    # The head whose attention moves most between old blocks has most to forecast.
+    middle = true[:, :, 4:-8]
+    head = int((middle[:, 1:] - middle[:, :-1]).abs().sum((1, 2)).argmax())
+    blocks = true.shape[2]
+
+    def stack(parts: list[Tensor]) -> Tensor:
+        return torch.stack(
+            [torch.nn.functional.pad(p[head, :blocks].float(), (0, max(0, blocks - p.shape[1]))) for p in parts]
+        )
+
+    return HeadOverTime(layer, head, true[head], stack([r[0] for r in rows]), stack([r[1] for r in rows]).bool())
+
+
+def demo_settings(context: int, compression: float, calibration: int, dense_layers: int, layers: int) -> CacheConfig:
+    """Return settings whose reads, dense layers and calibration included, are 1/`compression` of all KV.
+
+    A dense layer reads all of its KV; a calibration row reads all keys, half of a layer's KV, every `calibration` steps.
+    """
+    block, sink, recent = 16, 16, 32
+    if not compression > 1:
+        raise ConfigError(f"got compression={compression}, expected more than 1")
+    share = 1 / compression - dense_layers / layers
+    sparse = 1 - dense_layers / layers
+    tokens = int(context * (share / sparse - (0.5 / calibration if calibration else 0))) if sparse > 0 else 0
+    # The first continuation steps read the least; one token more of context must not cost a block more than planned.
+    budget = tokens // block * block
+    least = CacheConfig(budget=1.0, num_sink_tokens=sink, recent_window=recent).smallest_budget
+    if budget < least:
+        raise ConfigError(
+            f"got {budget} tokens left for each head of {context}, expected at least {least}: use a lower --compression, fewer "
+            "--dense-layers, or a rarer --calibration"
+        )
+    return CacheConfig(
+        budget=budget,
+        num_sink_tokens=sink,
+        recent_window=recent,
+        calibration_interval=calibration,
+        dense_layers=dense_layers,
+    )

@@ -1,0 +1,56 @@
+"""Sparse decode in plain torch: gather the selected blocks, one batched product each for logits and output.
+
+Layout assumed: keys and values [B, Hkv, capacity, D] contiguous, capacity a multiple of P, memory past `length` finite
+(its probability is zero, and zero times NaN would not be). Half-precision blocks are widened to fp32 after the gather,
+so that logits are as exact as those of a fused kernel.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gather_blocks(stored: Tensor, selection: Tensor, block_size: int) -> Tensor:
+    """Return [B, Hs, K * P, D] in fp32: the selected blocks of `stored` [B, Hkv, capacity, D]; id -1 reads block 0."""
+    batch, kv_heads, capacity, dim = stored.shape
+    selecting, blocks = selection.shape[1], capacity // block_size
+    head = torch.arange(selecting, device=stored.device) * kv_heads // selecting
+    first = (torch.arange(batch, device=stored.device)[:, None] * kv_heads + head) * blocks
+    rows = (selection.clamp_min(0) + first[:, :, None]).flatten()
+    return stored.view(-1, block_size * dim).index_select(0, rows).view(batch, selecting, -1, dim).float()
+
+
+def sparse_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    selection: Tensor,
+    length: int,
+    *,
+    block_size: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as `reference.sparse_decode`."""
+    batch, heads, dim = query.shape
+    selecting, chosen = selection.shape[1], selection.shape[2]
+    k = gather_blocks(keys, selection, block_size)
+    v = gather_blocks(values, selection, block_size)
+    grouped = query.float().view(batch, selecting, heads // selecting, dim)
+    logits = (grouped @ k.transpose(-1, -2)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    tokens = (selection[..., None] * block_size + torch.arange(block_size, device=query.device)).flatten(2)
+    allowed = (tokens >= 0) & (tokens < length)
+    if mask is not None:
+        row = mask[:, None, :length].expand(batch, selecting, length)
+        allowed &= row.gather(2, tokens.clamp(0, length - 1))
+    logits = logits.masked_fill(~allowed[:, :, None], -torch.inf)
+    normaliser = torch.logsumexp(logits, -1)
+    if sinks is not None:
+        normaliser = torch.logaddexp(normaliser, sinks.float().view(1, selecting, -1))
+    probabilities = torch.exp(logits - normaliser[..., None])
+    output = (probabilities @ v).view(batch, heads, dim).to(query.dtype)
+    maxima = probabilities.unflatten(-1, (chosen, block_size)).amax(-1).amax(2)
+    return output, maxima, normaliser.view(batch, heads)

@@ -1,0 +1,65 @@
+"""From scores to a selection: what every policy has in common.
+
+A `Zone` says, for a context of a given length, which blocks are sinks, which are recent, and how many may be chosen
+between them. Sinks and recent blocks are always in; the rest of the budget goes to the best scores.
+
+The recent window is kept in whole blocks (every block that holds one of the last `recent_window` tokens), which is one
+block more than the window's own size when the context does not end on a block. The budget always pays for that block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnpred.config import CacheConfig
+from attnpred.shapes import num_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Zone:
+    """Blocks of a context of `length` tokens: [0, sinks) are kept, [first_recent, blocks) are kept, `free` are chosen."""
+
+    length: int
+    blocks: int
+    sinks: int
+    first_recent: int
+    free: int
+
+    @property
+    def covers_all(self) -> bool:
+        """True where the selection is every block."""
+        return self.first_recent - self.sinks <= self.free
+
+
+def zone_at(config: CacheConfig, length: int) -> Zone:
+    """Return the zone of a context of `length` tokens."""
+    size = config.block_size
+    blocks = num_blocks(length, size)
+    sinks = min(config.num_sink_tokens // size, blocks)
+    first_recent = max(sinks, (length - config.recent_window) // size, 0)
+    widest_recent = config.recent_window // size + 1
+    free = max(0, config.budget_blocks(length) - config.num_sink_tokens // size - widest_recent)
+    return Zone(length, blocks, sinks, first_recent, min(free, first_recent - sinks))
+
+
+def select_blocks(scores: Tensor, zone: Zone, first_block: Tensor | None = None) -> Tensor:
+    """Return block ids [B, Hs, K]: sinks, the `zone.free` best-scored blocks between, recent blocks; -1 for none.
+
+    scores [B, Hs, N]; first_block [B] is the block in which each row begins (left padding), whose sinks lie there.
+    """
+    batch, heads, _ = scores.shape
+    ids = torch.arange(zone.blocks, device=scores.device)
+    start = torch.zeros(1, dtype=torch.long, device=scores.device) if first_block is None else first_block
+    sinks = (start[:, None] + ids[: zone.sinks])[:, None].expand(batch, heads, -1)
+    sinks = sinks.masked_fill(sinks >= zone.first_recent, -1) if first_block is not None else sinks
+    recent = ids[zone.first_recent :].expand(batch, heads, -1)
+    candidates = scores[..., zone.sinks : zone.first_recent]
+    if first_block is not None:
+        early = ids[zone.sinks : zone.first_recent] < start[:, None] + zone.sinks
+        candidates = candidates.masked_fill(early[:, None], -torch.inf)
+    best = candidates.topk(zone.free, -1, sorted=False)
+    chosen = best.indices + zone.sinks
+    if first_block is not None:
+        chosen = chosen.masked_fill(best.values == -torch.inf, -1)
+    return torch.cat((sinks, chosen, recent), -1)

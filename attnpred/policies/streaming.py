@@ -1,0 +1,21 @@
+"""`streaming`: sinks and the most recent tokens, whatever they say (StreamingLLM, arXiv 2309.17453).
+
+The published method drops the rest for good and counts positions inside the cache; here positions stay as they are.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from attnpred.policies.base import Policy, View
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Streaming(Policy):
+    """Keep sinks and the newest blocks up to the budget."""
+
+    def score(self, view: View) -> Tensor:
+        return torch.arange(view.zone.blocks, dtype=torch.float32).expand(1, 1, -1)

@@ -1,0 +1,75 @@
+"""`PredictorConfig`: what a predictor is and what it was trained for; the `config.json` beside its weights.
+
+Networks come from the explicit table `NETWORKS`; a new one is one file and one line here.
+"""
+
+import dataclasses
+import json
+import re
+
+from torch import nn
+
+from attnpred.errors import PredictorError
+from attnpred.predictor.cnn import PaperCNN
+
+NETWORKS: dict[str, type[nn.Module]] = {"cnn": PaperCNN}
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+FORMAT = 1
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""owner/name, as the Hub takes them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PredictorConfig:
+    """What a predictor is and what it was trained for.
+
+    kind: a name in `NETWORKS`. block_size: P of the rows it was trained on. history: H, likewise (it accepts any).
+    base_model: the human name of the model. fingerprint: identifies that model's architecture, see `attnpred.capture`.
+    trained_on: the data, in words. format: version of the files.
+    """
+
+    kind: str = "cnn"
+    block_size: int = 16
+    history: int = 64
+    base_model: str = ""
+    fingerprint: str = ""
+    trained_on: str = ""
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), field.type
+            if type(value) is not wanted or (wanted is int and value < 1):
+                name = "a whole number of at least 1" if wanted is int else "a text"
+                raise PredictorError(f"got {field.name}={value!r}, expected {name}: correct the predictor's config")
+        if self.format != FORMAT:
+            raise PredictorError(
+                f"got format={self.format}, expected {FORMAT}: update attnpred, or train the predictor again"
+            )
+        if self.kind not in NETWORKS:
+            raise PredictorError(
+                f"got kind={self.kind!r}, expected one of {sorted(NETWORKS)}: update attnpred, or correct it"
+            )
+
+    def to_json(self) -> str:
+        """Return the config as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = CONFIG) -> "PredictorConfig":
+        """Return the config written in `text`; `source` is named in errors."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:  # also a wrong encoding
+            raise PredictorError(f"got {source} that is not JSON ({error}), expected a config: save it again") from None
+        if not isinstance(values, dict):
+            raise PredictorError(f"got {source} with a {type(values).__name__}, expected an object: save it again")
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise PredictorError(
+                f"got {source} with unknown keys {unknown}, expected {known}: update attnpred, or remove them"
+            )
+        try:
+            return cls(**values)
+        except PredictorError as error:
+            raise PredictorError(f"{source}: {error}") from None

@@ -1,0 +1,35 @@
+"""One head's attention over time: what it really was, what was forecast, and which blocks were therefore attended."""
+
+from pathlib import Path
+from typing import Any
+
+from attnpred.errors import missing_extra
+
+
+def draw(true: Any, predicted: Any, selected: Any, title: str, path: Path) -> None:
+    """Write a PNG; true, predicted, selected are [T, N] tensors (steps, blocks)."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import PowerNorm
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise missing_extra("matplotlib", "plot") from None
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 1, sharex=True)
+    panels = (
+        ("true attention (largest probability in each block)", true, PowerNorm(0.35, 0, max(1e-6, float(true.max())))),
+        (
+            "forecast one token ahead, from past attention alone",
+            predicted.clamp_min(0),
+            PowerNorm(0.35, 0, max(1e-6, float(predicted.max()))),
+        ),
+        ("blocks attended: sinks, forecast, recent", selected.float(), PowerNorm(1.0, 0, 1)),
+    )
+    for axis, (label, values, norm) in zip(axes, panels, strict=True):
+        axis.imshow(values.T.numpy(), aspect="auto", origin="lower", interpolation="nearest", cmap="magma", norm=norm)
+        axis.set_title(label, loc="left", fontsize=10)
+        axis.set_ylabel("block of the text")
+    axes[-1].set_xlabel("decode step")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)

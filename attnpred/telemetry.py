@@ -1,0 +1,97 @@
+"""`Telemetry`: what a cache really read, counted where it is read, from the shapes of the tensors that were gathered.
+
+One `LayerCounts` per layer. Bytes count keys and values of the decode steps; a calibration row reads keys only and is
+counted apart. Dense decode steps are counted with their reason; only those in `FALLBACKS` are fallbacks, the others are
+what the settings ask for.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+FITS = "context fits the budget"
+DENSE_LAYER = "dense layer"
+DENSE_POLICY = "policy is full"
+SEVERAL = "several tokens in one call"
+NOT_ATTACHED = "model is not attached"
+FALLBACKS = (NOT_ATTACHED,)
+
+
+@dataclass(slots=True)
+class LayerCounts:
+    """Sums over the decode steps of one layer; per-head figures are per kv head."""
+
+    steps: int = 0
+    sparse_steps: int = 0
+    context_tokens: int = 0
+    tokens_attended: int = 0
+    blocks_selected: int = 0
+    bytes_read: int = 0
+    calibration_bytes: int = 0
+    full_bytes: int = 0
+    dense: dict[str, int] = field(default_factory=dict)
+    recovery: Tensor | float = 0.0
+    best: Tensor | float = 0.0
+    measured: int = 0
+
+    def count_sparse(self, context: int, attended: int, blocks: int, read: int, full: int) -> None:
+        """Count one sparse step."""
+        self.steps += 1
+        self.sparse_steps += 1
+        self.context_tokens += context
+        self.tokens_attended += attended
+        self.blocks_selected += blocks
+        self.bytes_read += read
+        self.full_bytes += full
+
+    def count_dense(self, reason: str, tokens: int, context: int, full: int) -> None:
+        """Count one dense call after the prompt; calls of one token are decode steps."""
+        self.dense[reason] = self.dense.get(reason, 0) + 1
+        if tokens == 1:
+            self.steps += 1
+            self.context_tokens += context
+            self.tokens_attended += context
+            self.bytes_read += full
+            self.full_bytes += full
+
+    def count_recovery(self, recovery: Tensor, best: Tensor) -> None:
+        """Add the attention mass inside the selection and inside the best one, [B, Hq] each."""
+        self.recovery = self.recovery + recovery.mean()
+        self.best = self.best + best.mean()
+        self.measured += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers, averages per decode step."""
+        steps = max(1, self.steps)
+        read = self.bytes_read + self.calibration_bytes
+        result: dict[str, Any] = {
+            "steps": self.steps,
+            "sparse_steps": self.sparse_steps,
+            "tokens_attended": self.tokens_attended / steps,
+            "context_tokens": self.context_tokens / steps,
+            "blocks_selected": self.blocks_selected / max(1, self.sparse_steps),
+            "bytes_read": self.bytes_read,
+            "calibration_bytes": self.calibration_bytes,
+            "full_bytes": self.full_bytes,
+            "compression": self.full_bytes / read if read else 1.0,
+            "dense": dict(self.dense),
+            "fallbacks": sum(self.dense.get(reason, 0) for reason in FALLBACKS),
+        }
+        if self.measured:
+            recovery, best = float(self.recovery) / self.measured, float(self.best) / self.measured
+            result |= {"attention_recovery": recovery, "recovery_ratio": recovery / best}
+        return result
+
+
+def total(layers: list[LayerCounts]) -> LayerCounts:
+    """Add up layers (or caches); steps become layer-steps."""
+    result = LayerCounts()
+    for layer in layers:
+        for name in ("steps", "sparse_steps", "context_tokens", "tokens_attended", "blocks_selected", "bytes_read"):
+            setattr(result, name, getattr(result, name) + getattr(layer, name))
+        for name in ("calibration_bytes", "full_bytes", "recovery", "best", "measured"):
+            setattr(result, name, getattr(result, name) + getattr(layer, name))
+        for reason, count in layer.dense.items():
+            result.dense[reason] = result.dense.get(reason, 0) + count
+    return result

@@ -1,0 +1,42 @@
+"""Documents that cannot go stale: generated pages are current, and the README's code runs."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tools import docs_cli, readme_table
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(
+    f"typer=={version('typer')}" not in LOCK.split(), reason="another typer than the locked one words it differently"
+)
+def test_cli_reference_is_current() -> None:
+    assert docs_cli.main(["--check"]) == 0
+
+
+def test_readme_table_is_current() -> None:
+    assert readme_table.main(["--check"]) == 0
+
+
+def test_readme_has_code() -> None:
+    assert SNIPPETS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_readme_code_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(SNIPPETS[number], f"README.md, block {number + 1}", "exec"), {"__name__": "__main__"})
+
+
+def test_readme_paths_exist() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []

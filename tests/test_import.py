@@ -1,0 +1,42 @@
+"""What `import attnpred` gives, and what it must not load."""
+
+import json
+import subprocess
+import sys
+
+import attnpred
+
+PUBLIC = ["AttnpredError", "CacheConfig", "Predictor", "TieredCache", "__version__", "attach"]
+HEAVY = ("torch", "transformers", "numba", "triton", "numpy")
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Return the top-level packages loaded by `statement` in a fresh Python."""
+    code = f"{statement}\nimport json, sys\nprint(json.dumps([name for name in sys.modules if '.' not in name]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_public_names_are_pinned() -> None:
+    assert attnpred.__all__ == PUBLIC
+
+
+def test_every_public_name_exists_and_is_listed() -> None:
+    assert all(getattr(attnpred, name) is not None for name in PUBLIC)
+    assert set(PUBLIC) <= set(dir(attnpred))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    assert not hasattr(attnpred, "no_such_name")
+
+
+def test_import_is_light() -> None:
+    assert loaded_after("import attnpred").isdisjoint(HEAVY)
+
+
+def test_the_check_can_fail() -> None:
+    assert "numpy" in loaded_after("import numpy")
+
+
+def test_the_command_line_is_light() -> None:
+    assert loaded_after("import attnpred.cli.main").isdisjoint(HEAVY)

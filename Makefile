@@ -6,7 +6,7 @@ READY := .venv/.ready
 TOO_OLD = $(shell $(PYTHON) -c 'import sys; print(sys.version_info < (3, 10))' 2>&1 || echo none)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench docs lock clean
+.PHONY: help demo test check lint bench results docs lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -34,6 +34,9 @@ lint: $(READY) ## ruff and mypy
 
 bench: $(READY) ## decode speed against the dense paths
 	$(PY) -m benchmarks.decode
+
+results: $(READY) ## run the demo for several policies into docs/results/demo.json
+	$(PY) -m tools.demo_results
 
 docs: $(READY) ## rewrite docs/cli.md and the table of README.md
 	$(PY) -m tools.docs_cli

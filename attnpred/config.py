@@ -81,6 +81,6 @@ class CacheConfig:
         return self.num_sink_tokens + self.recent_window + 2 * self.block_size
 
     def budget_blocks(self, tokens: int) -> int:
-        """Return how many blocks of each head may be attended in a context of `tokens`."""
+        """Return how many blocks of each head may be attended in a context of `tokens`: all, if the budget holds it."""
         budget = self.budget if isinstance(self.budget, int) else max(int(self.budget * tokens), self.smallest_budget)
-        return budget // self.block_size
+        return (budget + self.block_size - 1 if budget >= tokens else budget) // self.block_size

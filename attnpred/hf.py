@@ -9,9 +9,11 @@ stock. A layer's `update` stores the new keys and values and decides, from the c
 For a dense call `update` returns all keys and values, for a sparse one only the new ones. The attention function then
 recognises the layer by the very tensor that `update` returned, so nothing is hung on modules or passed through
 `generate`, layers that share another layer's keys (Gemma) are served by that layer's store, and whatever else runs on
-the model takes the stock path. Mask sizes stay full, so padding masks stay right.
+the model takes the stock path. A model that changes keys or values after `update` is refused at its first call, because
+what it attends to is not what is stored. Mask sizes stay full, so padding masks stay right.
 """
 
+import copy
 import functools
 import logging
 import weakref
@@ -40,7 +42,9 @@ from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.errors import ConfigError, NotSparseError, UnsupportedModelError
 from attnpred.kernels.dense import AttentionTerms, dense_attention
-from attnpred.policies import POLICIES, Policy, Predicted
+from attnpred.policies import POLICIES
+from attnpred.policies.base import Policy
+from attnpred.policies.predicted import Predicted
 from attnpred.predictor.pretrained import Predictor, shipped
 from attnpred.store.pool import BlockPool
 
@@ -56,12 +60,12 @@ _updated: ContextVar["weakref.ref[TieredCache] | None"] = ContextVar("attnpred_u
 class TieredLayer(DynamicLayer):
     """Keys and values of one full-attention layer in a `BlockPool`; see the module docstring for `update`."""
 
-    def __init__(self, cache: "TieredCache", index: int) -> None:
+    def __init__(self, block_size: int, index: int) -> None:
         super().__init__()
-        self.cache = weakref.proxy(cache)
         self.index = index
-        self.pool = BlockPool(cache.settings.block_size)
-        self.returned: Tensor | None = None
+        self.pool = BlockPool(block_size)
+        self.returned: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+        self.is_awaited = False
         self.reason: str | None = None
         self.is_sparse = False
         self.is_prompt = False
@@ -70,19 +74,26 @@ class TieredLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, cache: "TieredCache", **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[-2]
         self.is_prompt = self.pool.length == 0
         self.pool.append(key_states, value_states)
-        self.reason = None if self.is_prompt else self.cache.dense_reason(self.index, tokens, self.pool.length)
+        self.reason = None if self.is_prompt else cache.dense_reason(self.index, tokens, self.pool.length)
         self.is_sparse = not self.is_prompt and self.reason is None
         if self.reason == telemetry.NOT_ATTACHED:
-            self.cache.decoder(self.index).counts.count_dense(self.reason, tokens, self.pool.length, self.pool.bytes())
+            cache.decoder(self.index).counts.count_dense(self.reason, tokens, self.pool.length, self.pool.bytes())
         keys, values = (key_states, value_states) if self.is_prompt or self.is_sparse else self.pool.view()
-        self.returned = keys
+        self.returned = weakref.ref(keys), weakref.ref(values)
+        self.is_awaited = cache.is_attached
         return keys, values
+
+    def has_returned(self, key: Tensor, value: Tensor) -> bool:
+        """True where the last `update` returned these very tensors."""
+        return self.returned is not None and self.returned[0]() is key and self.returned[1]() is value
 
     def get_seq_length(self) -> int:
         return self.pool.length
@@ -102,7 +113,7 @@ class TieredLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ConfigError(f"got crop({tokens_to_remove}), expected 0 or less: -n removes the last n tokens")
-        self.pool.crop(self.pool.length + tokens_to_remove)
+        self.pool.crop(max(0, self.pool.length + tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -149,7 +160,12 @@ class TieredCache(Cache):
         self.settings = make_settings(settings, overrides)
         self.policy = make_policy(policy, predictor, self.model_config, self.settings)
         stock = DynamicCache(config=config).layers
-        super().__init__(layers=[TieredLayer(self, i) if _is_served(layer) else layer for i, layer in enumerate(stock)])
+        super().__init__(
+            layers=[
+                TieredLayer(self.settings.block_size, i) if _is_served(layer) else layer
+                for i, layer in enumerate(stock)
+            ]
+        )
         self.decoders: dict[int, LayerDecoder] = {}
         self._warned = False
 
@@ -159,9 +175,14 @@ class TieredCache(Cache):
             self.decoders[index] = LayerDecoder(self.settings, self.policy, telemetry.LayerCounts())
         return self.decoders[index]
 
+    @property
+    def is_attached(self) -> bool:
+        """True where the model's attention is the function of this module."""
+        return bool(self.model_config._attn_implementation == IMPLEMENTATION)
+
     def dense_reason(self, index: int, tokens: int, length: int) -> str | None:
         """Return why a later call of `tokens` tokens, to a length of `length`, must be dense; None if it need not."""
-        if self.model_config._attn_implementation != IMPLEMENTATION:
+        if not self.is_attached:
             if self.settings.strict:
                 raise NotSparseError(
                     "got a model that is not attached, expected the sparse path: run inside attnpred.attach(model)"
@@ -184,13 +205,35 @@ class TieredCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         _updated.set(weakref.ref(self))
+        if type(self.layers[layer_idx]) is TieredLayer:
+            kwargs["cache"] = self
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
-    def layer_of(self, index: int, key: Tensor) -> TieredLayer | None:
-        """Return the layer whose `update` returned this very `key`: layer `index`, or one that it shares keys with."""
-        served = [layer for layer in self.layers if type(layer) is TieredLayer and layer.returned is key]
-        return served[0] if served else None
+    def layer_of(self, index: int, key: Tensor, value: Tensor) -> TieredLayer | None:
+        """Return the layer whose `update` returned these very tensors: layer `index`, or one that it shares keys with.
+
+        Raises `UnsupportedModelError` if layer `index` was updated, and something else is attended to.
+        """
+        for layer in self.layers:
+            if type(layer) is TieredLayer and layer.has_returned(key, value):
+                layer.is_awaited = False
+                return layer
+        own = self.layers[index] if 0 <= index < len(self.layers) else None
+        if type(own) is TieredLayer and own.is_awaited:
+            own.is_awaited = False
+            name = self.model_config.model_type
+            raise UnsupportedModelError(
+                f"got {name}, which changes keys or values after they are cached: run it without attnpred"
+            )
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
+        """Copy the sequence; policy and model config stay shared (the config tells whether the model is attached)."""
+        memo |= {id(shared): shared for shared in (self.model_config, self.settings, self.policy)}
+        copied = memo[id(self)] = object.__new__(TieredCache)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def stats(self) -> dict[str, Any]:
         """Return counters per layer and in all (see `attnpred.telemetry`); averages are per decode step."""
@@ -206,7 +249,7 @@ class TieredCache(Cache):
         for decoder in self.decoders.values():
             decoder.crop(self.get_seq_length())
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         for decoder in self.decoders.values():
             decoder.select(beam_idx)
@@ -315,10 +358,10 @@ def attention(
     )
     reference = _updated.get()
     cache = None if reference is None else reference()
-    layer = None if cache is None else cache.layer_of(module.layer_idx, key)  # type: ignore[arg-type]
+    index: int = getattr(module, "layer_idx", -1)
+    layer = None if cache is None else cache.layer_of(index, key, value)
     if cache is None or layer is None:
         return _dense(module, query, key, value, attention_mask, dropout, terms, kwargs), None
-    index: int = module.layer_idx  # type: ignore[assignment]
     decoder = cache.decoder(index)
     is_dense_layer = index < cache.settings.dense_layers
     if layer.is_sparse and not is_dense_layer:
@@ -338,7 +381,13 @@ def attention(
 
 
 def _as_bool(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask >= 0
+    if mask.dtype == torch.bool:
+        return mask
+    if bool(((mask != 0) & (mask > -1e3)).any()):
+        raise UnsupportedModelError(
+            "got an attention mask that is also a bias, expected one that only forbids: run the model without attnpred"
+        )
+    return mask == 0
 
 
 def _dense(
@@ -369,11 +418,10 @@ class Attached:
 
     def __init__(self, model: PreTrainedModel, make_cache: Callable[[], TieredCache], *, strict: bool) -> None:
         self._model, self._make_cache, self._strict = model, make_cache, strict
-        self._caches: list[list[telemetry.LayerCounts]] = []
-        self._indices: list[int] = []
+        self._caches: list[dict[int, telemetry.LayerCounts]] = []
         self._warned = False
         self._stock_implementation = model.config.get_text_config(decoder=True)._attn_implementation
-        self._stock_generate = model.generate
+        self._stock_generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
         self._is_active = False
 
     def activate(self) -> "Attached":
@@ -386,7 +434,7 @@ class Attached:
         def generate(*args: Any, **kwargs: Any) -> Any:
             return self._generate(*args, **kwargs)
 
-        self._model.generate = generate  # type: ignore[method-assign]
+        self._model.generate = generate  # type: ignore[assignment]
         self._is_active = True
         return self
 
@@ -403,16 +451,18 @@ class Attached:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        generation_config = kwargs.get("generation_config") or self._model.generation_config
+        implementation = self._setting("cache_implementation", args, kwargs)
         why = None
         if cache is not None:
             why = None if isinstance(cache, TieredCache) else "past_key_values is another cache"
-        elif kwargs.get("use_cache", generation_config.use_cache) is False:
+        elif self._setting("use_cache", args, kwargs) is False:
             why = "use_cache=False"
-        elif kwargs.get("cache_implementation", generation_config.cache_implementation) is not None:
-            why = f"cache_implementation={kwargs.get('cache_implementation', generation_config.cache_implementation)!r}"
+        elif implementation not in (None, "hybrid"):  # "hybrid" is an old default of the Hub, which `generate` ignores
+            why = f"cache_implementation={implementation!r}"
         else:
             cache = kwargs["past_key_values"] = self._make_cache()
+            if self._setting("is_assistant", args, kwargs):
+                cache.activate_past_recording()  # as `generate` does with a cache that it makes itself
         if why is not None:
             if self._strict:
                 raise NotSparseError(f"got {why}, expected the sparse path (strict=True): leave it out")
@@ -425,15 +475,22 @@ class Attached:
             if isinstance(cache, TieredCache):
                 self._remember(cache)
 
+    def _setting(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what `generate(*args, **kwargs)` goes by: its argument, else its generation config's, else the model's."""
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        found = [kwargs.get(name), getattr(given, name, None), getattr(self._model.generation_config, name, None)]
+        return next((value for value in found if value is not None), None)
+
     def _remember(self, cache: TieredCache) -> None:
-        counts = [cache.decoders[i].counts for i in sorted(cache.decoders)]
-        if not any(known is counts[0] for caches in self._caches for known in caches[:1] if counts):
+        counts = {index: decoder.counts for index, decoder in cache.decoders.items()}
+        known = {id(count) for earlier in self._caches for count in earlier.values()}
+        if not known & {id(count) for count in counts.values()}:
             self._caches.append(counts)
-            self._indices = sorted(cache.decoders)
 
     def stats(self) -> dict[str, Any]:
         """Return the counters of all `generate` calls so far, per layer and in all."""
-        return report([telemetry.total(list(layer)) for layer in zip(*self._caches, strict=True)], self._indices)
+        indices = sorted({index for counts in self._caches for index in counts})
+        return report([telemetry.total([c[i] for c in self._caches if i in c]) for i in indices], indices)
 
     def reset_stats(self) -> None:
         """Forget the counters of earlier calls."""
@@ -492,9 +549,7 @@ def attach(
     return Attached(model, make_cache, strict=settings.strict).activate()
 
 
-def load_model(
-    name: str, *, device: str | None = None, dtype: str | torch.dtype = "auto"
-) -> tuple[PreTrainedModel, Any]:
+def load_model(name: str, *, device: str | None = None, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
     """Return (model, tokenizer) for a Hub id, a local folder, or `demo`, the embedded language model."""
     source = str(DEMO_MODEL) if name == "demo" else name
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -502,7 +557,7 @@ def load_model(
         dtype = torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(

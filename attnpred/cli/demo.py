@@ -60,6 +60,11 @@ def demo(
 
 def _table(result: dict[str, Any], policy: str) -> str:
     full, part = result["full"], result["predicted"]
+    shown = result["answers"][:: max(1, len(result["answers"]) // 6)][:6]
+    width = max(len(row["question"]) for row in shown)
+    lines = [f"{'Question (after the whole text)':<{width}}  {'planted':>8}{'full':>8}{policy:>11}"]
+    lines += [f"{r['question']:<{width}}  {r['expected']:>8}{r['full']:>8}{r['predicted']:>11}" for r in shown]
+    lines.append("")
     rows = [
         ("", "full cache", policy),
         ("facts answered", f"{full['correct']} of {full['total']}", f"{part['correct']} of {part['total']}"),
@@ -68,7 +73,7 @@ def _table(result: dict[str, Any], policy: str) -> str:
         ("KV bytes read per step", f"{full['read_bytes_per_step']:,.0f}", f"{part['read_bytes_per_step']:,.0f}"),
         ("ms per token", f"{full['ms_per_token']:.1f}", f"{part['ms_per_token']:.1f}"),
     ]
-    lines = [f"{name:<30}{left:>16}{right:>16}" for name, left, right in rows]
+    lines += [f"{name:<30}{left:>16}{right:>16}" for name, left, right in rows]
     lines += [
         "",
         f"{result['compression']:.1f} times less KV read per step, over all layers, calibration included "

@@ -59,6 +59,9 @@ def generate(
             tqdm.write(
                 f"note: budget {settings.budget} holds all {longest} tokens, so attention is dense", file=sys.stderr
             )
+        limit = getattr(lm.config.get_text_config(), "max_position_embeddings", longest)
+        if longest > limit:
+            tqdm.write(f"note: {longest} tokens are more than the {limit} that {model} was made for", file=sys.stderr)
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         out = lm.generate(

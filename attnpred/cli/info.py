@@ -20,14 +20,18 @@ def info(
 
 def collect() -> dict[str, Any]:
     """Return what the command shows, ready for JSON."""
+    from attnpred.evaluation import TASKS
     from attnpred.kernels import BACKENDS
     from attnpred.policies import POLICIES
+    from attnpred.store import STORES
 
     return {
         "versions": {"python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}},
         "devices": _devices(),
         "policies": {name: _first_line(policy) for name, policy in POLICIES.items()},
         "kernels": {name: _first_line(backend) for name, backend in BACKENDS.items()},
+        "stores": {name: _first_line(store) for name, store in STORES.items()},
+        "tasks": {name: _first_line(task) for name, task in TASKS.items()},
         "predictors": _predictors(),
     }
 

@@ -56,7 +56,7 @@ def documents(tokenizer: Any, text: str, plan: Plan) -> list[facts_task.FactsDoc
 
 def continuation_tokens(tokenizer: Any, text: str, plan: Plan) -> Tensor:
     """Return the plain text to continue, [1, context + steps]."""
-    return tokenizer(text, verbose=False, return_tensors="pt")["input_ids"][:, : plan.context + plan.steps]  # type: ignore[no-any-return]
+    return tokenizer(text, verbose=False, return_tensors="pt")["input_ids"][:, : plan.context + plan.steps]
 
 
 def compare(
@@ -69,15 +69,27 @@ def compare(
         "context_tokens": plan.context,
         "budget_tokens": settings.budget_blocks(plan.context) * settings.block_size,
     }
+    facts = [fact for document in asked for fact in document.facts]
+    given: dict[str, list[str]] = {}
     for name, chosen in (("full", "full"), ("predicted", policy)):
         say(f"{chosen}: {plan.documents * plan.facts} questions about {plan.documents} texts of {plan.context} tokens")
         with hf.attach(model, policy=chosen, config=settings) as attached:
-            correct, total = facts_task.score(model, tokenizer, asked)
+            given[name] = facts_task.answers(model, tokenizer, asked)
             say(f"{chosen}: continuing the book by {plan.steps} tokens")
             cache = attached.new_cache()
             continued = continue_text(model, tokenizer, tokens, plan.context, cache)
-        result[name] = _row(correct, total, continued, cache.stats()["total"], len(cache.decoders))
+        correct = sum(answer == fact.answer for answer, fact in zip(given[name], facts, strict=True))
+        result[name] = _row(correct, len(facts), continued, cache.stats()["total"], len(cache.decoders))
     result["compression"] = result["full"]["read_bytes_per_step"] / result["predicted"]["read_bytes_per_step"]
+    result["answers"] = [
+        {
+            "question": fact.question.strip(),
+            "expected": fact.answer.strip(),
+            "full": full.strip(),
+            "predicted": part.strip(),
+        }
+        for fact, full, part in zip(facts, given["full"], given["predicted"], strict=True)
+    ]
     say("recovery: comparing each step's selection with its true attention")
     measured, picture = _measure(model, tokenizer, tokens, plan, policy, settings)
     return result | measured | {"picture": picture}
@@ -107,11 +119,9 @@ def _measure(
 
         def watch(step: int) -> None:
             nonlocal layer
-            sparse = [i for i, d in cache.decoders.items() if d.pending is not None and d.rows]
-            layer = sparse[len(sparse) // 2] if sparse else -1
-            if layer >= 0:
-                decoder = cache.decoders[layer]
-                zone, selection = decoder.pending
+            sparse = [(i, d, d.pending) for i, d in cache.decoders.items() if d.pending is not None and d.rows]
+            if sparse:
+                layer, decoder, (zone, selection) = sparse[len(sparse) // 2]
                 scores = decoder.policy.score(View(decoder.history, zone))[0]
                 chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, selection[0].clamp_min(0), True)
                 rows.append((scores, chosen))

@@ -49,7 +49,13 @@ def answer(model: Any, tokenizer: Any, document: FactsDocument, fact: Fact) -> s
     return str(tokenizer.decode(out[0, tokens.shape[1] :]))
 
 
+def answers(model: Any, tokenizer: Any, documents: list[FactsDocument]) -> list[str]:
+    """Return the continuation of every question about every document, in order."""
+    return [answer(model, tokenizer, document, fact) for document in documents for fact in document.facts]
+
+
 def score(model: Any, tokenizer: Any, documents: list[FactsDocument]) -> tuple[int, int]:
     """Return (facts answered exactly, facts asked)."""
-    results = [answer(model, tokenizer, d, fact) == fact.answer for d in documents for fact in d.facts]
-    return sum(results), len(results)
+    wanted = [fact.answer for document in documents for fact in document.facts]
+    given = answers(model, tokenizer, documents)
+    return sum(a == b for a, b in zip(given, wanted, strict=True)), len(wanted)

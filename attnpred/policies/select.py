@@ -39,8 +39,11 @@ def zone_at(config: CacheConfig, length: int) -> Zone:
     sinks = min(config.num_sink_tokens // size, blocks)
     first_recent = max(sinks, (length - config.recent_window) // size, 0)
     widest_recent = config.recent_window // size + 1
+    middle = first_recent - sinks
     free = max(0, config.budget_blocks(length) - config.num_sink_tokens // size - widest_recent)
-    return Zone(length, blocks, sinks, first_recent, min(free, first_recent - sinks))
+    if config.budget_blocks(length) >= blocks:
+        free = middle  # also where the recent window is wider than planned, by the block that is not full
+    return Zone(length, blocks, sinks, first_recent, min(free, middle))
 
 
 def select_blocks(scores: Tensor, zone: Zone, first_block: Tensor | None = None) -> Tensor:

@@ -52,6 +52,7 @@ def export(work: Path) -> None:
         DEMO_MODEL / "model.safetensors",
         metadata={"format": "pt"},
     )
+    (DEMO_MODEL / "model.safetensors").chmod(0o644)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(str(work / "tokenizer.json")),
         eos_token=corpus.END_OF_TEXT,

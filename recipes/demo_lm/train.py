@@ -37,12 +37,12 @@ class Stage:
 
 RECALL = {"dense": 0.5, "restated": 0.15, "repeat": 0.1, "book": 0.25}
 MIXED = {"dense": 0.08, "restated": 0.17, "planted": 0.2, "repeat": 0.1, "book": 0.45}
-LONG = {"restated": 0.1, "planted": 0.3, "repeat": 0.1, "book": 0.5}
+LONG = {"restated": 0.1, "planted": 0.45, "repeat": 0.1, "book": 0.35}
 STAGES = (
     Stage(1_000_000, 128, 16, 64, RECALL),
     Stage(1_500_000, 256, 16, 128, {"dense": 0.25, "restated": 0.3, "planted": 0.1, "repeat": 0.1, "book": 0.25}),
     Stage(8_000_000, 512, 8, 400, MIXED),
-    Stage(3_500_000, 1024, 4, 800, MIXED),
+    Stage(3_500_000, 1024, 4, 800, LONG),
     Stage(2_500_000, 2048, 2, 1600, LONG),
     Stage(2_000_000, 4096, 1, 3500, LONG),
 )

@@ -70,6 +70,12 @@ def test_round_trip_keeps_every_bit(predictor: Predictor, saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_files_have_the_usual_permissions(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    modes = {path.stat().st_mode for path in (*saved.iterdir(), tmp_path / "usual")}
+    assert len(modes) == 1
+
+
 def test_an_interrupted_save_leaves_the_old_predictor(
     predictor: Predictor, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

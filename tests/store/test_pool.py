@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnpred.errors import ShapeError
+from attnpred.store import STORES
 from attnpred.store.pool import BlockPool
 
 OPERATIONS = st.lists(
@@ -20,11 +21,12 @@ OPERATIONS = st.lists(
 )
 
 
+@pytest.mark.parametrize("store", STORES)
 @given(operations=OPERATIONS, block=st.sampled_from([1, 4, 16]), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_equals_concatenation(operations: list[tuple[str, object]], block: int, seed: int) -> None:
+def test_equals_concatenation(store: str, operations: list[tuple[str, object]], block: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    pool = BlockPool(block)
+    pool = STORES[store](block)
     keys, values = torch.randn(2, 2, 3, 4, generator=generator), torch.randn(2, 2, 3, 6, generator=generator)
     pool.append(keys, values)
     for name, argument in operations:

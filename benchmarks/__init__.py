@@ -1,0 +1,1 @@
+"""Speed, measured. Not part of the wheel, never run by the tests."""

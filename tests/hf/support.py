@@ -1,0 +1,68 @@
+"""What the tests of the transformers integration share: settings, greedy generation, a tokenizer, a predictor."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from attnpred.config import CacheConfig
+from attnpred.predictor.pretrained import Predictor, PredictorConfig
+
+SMALL = CacheConfig(budget=64, block_size=4, num_sink_tokens=8, recent_window=8, history=8, dense_layers=0)
+"""Below the contexts of these tests: 16 blocks of 4 tokens, of which 2 are sinks and 3 recent at most."""
+
+WHOLE = replace(SMALL, budget=1.0)
+"""Everything fits, so every step is dense."""
+
+COVERING = replace(SMALL, budget=100_000, dense_when_fits=False)
+"""Everything fits, and every step takes the sparse path all the same, over all blocks."""
+
+
+def greedy(model: PreTrainedModel, tokens: Tensor, new: int = 24, **settings: Any) -> Tensor:
+    """Return prompt and `new` tokens, [B, L + new]; `tokens` [B, L] are not padded unless an attention_mask says so."""
+    settings.setdefault("attention_mask", torch.ones_like(tokens))
+    return model.generate(tokens, do_sample=False, max_new_tokens=new, **settings)  # type: ignore[no-any-return]
+
+
+def greedy_logits(model: PreTrainedModel, tokens: Tensor, new: int = 24, **settings: Any) -> tuple[Tensor, Tensor]:
+    """Return the tokens of `greedy` and the logits [new, B, V] they were taken from."""
+    out: Any = greedy(model, tokens, new, return_dict_in_generate=True, output_logits=True, **settings)
+    return out.sequences, torch.stack(out.logits)
+
+
+def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return tokens and attention mask [B, L] of rows [1, any length]."""
+    length = max(row.shape[1] for row in rows)
+    pad = [(length - row.shape[1], 0) for row in rows]
+    tokens = torch.cat([torch.nn.functional.pad(row, sides) for row, sides in zip(rows, pad, strict=True)])
+    mask = torch.cat(
+        [torch.nn.functional.pad(torch.ones_like(row), sides) for row, sides in zip(rows, pad, strict=True)]
+    )
+    return tokens, mask
+
+
+@cache
+def predictor() -> Predictor:
+    """Return a predictor that was never trained, for the blocks of `SMALL`."""
+    torch.manual_seed(0)
+    return Predictor(PredictorConfig(block_size=SMALL.block_size)).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of 97 words, w0 to w96, the first three of them special."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w0"
+    )
+
+
+def text_of(tokens: Tensor) -> str:
+    """Return the words of `tokens` [L], from which `tokenizer` makes the same tokens."""
+    return " ".join(f"w{int(token)}" for token in tokens)

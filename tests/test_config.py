@@ -1,0 +1,48 @@
+"""Every bad setting is one clear line: what was got, what was expected, what to do."""
+
+import math
+
+import pytest
+
+from attnpred.config import CacheConfig
+from attnpred.errors import AttnpredError, ConfigError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 0}, "got budget=0, expected a number of tokens"),
+        ({"budget": -4}, "got budget=-4, expected a number of tokens"),
+        ({"budget": 0.0}, "got budget=0.0"),
+        ({"budget": math.nan}, "got budget=nan"),
+        ({"budget": math.inf}, "expected a share of at most 1.0"),
+        ({"budget": 1.5}, "got budget=1.5, expected a share of at most 1.0, or whole tokens: write 2 for tokens"),
+        ({"budget": True}, "got budget=True"),
+        ({"budget": "big"}, "got budget='big'"),
+        ({"budget": 100}, r"got budget=100, expected at least 160 \(64 sink \+ 64 recent tokens \+ 2 blocks of 16\)"),
+        ({"block_size": 24}, "got num_sink_tokens=64, expected a multiple of block_size=24: change one of the two"),
+        ({"recent_window": 40}, "got recent_window=40, expected a multiple of block_size=16"),
+        ({"block_size": 0}, "got block_size=0, expected a whole number of at least 1"),
+        ({"history": 2.5}, "got history=2.5, expected a whole number"),
+        ({"calibration_interval": -1}, "got calibration_interval=-1"),
+        ({"dense_layers": True}, "got dense_layers=True"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        CacheConfig(**settings)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, ValueError | AttnpredError)
+
+
+def test_defaults_are_the_published_ones() -> None:
+    config = CacheConfig()
+    assert (config.block_size, config.num_sink_tokens, config.recent_window, config.history) == (16, 64, 64, 64)
+    assert (config.calibration_interval, config.dense_layers, config.budget) == (5, 2, 1024)
+
+
+def test_a_share_is_taken_of_the_context_and_never_too_small() -> None:
+    config = CacheConfig(budget=0.25)
+    assert config.budget_blocks(4096) == 64
+    assert config.budget_blocks(300) == config.smallest_budget // 16
+    assert CacheConfig(budget=1.0).budget_blocks(1001) == 63
+    assert CacheConfig(budget=1000).budget_blocks(5000) == 62

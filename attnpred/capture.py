@@ -79,9 +79,13 @@ def capture(
     """
     if not 1 <= rows <= tokens:
         raise ConfigError(f"got rows={rows}, expected 1 to tokens={tokens}: record at most every query of a document")
+    files = sorted(files)
+    names = [file.stem for file in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"got two files named {twice[0]!r}, expected different names: documents are named after them")
     writer: TraceWriter | None = None
     count = 0
-    for file in tqdm(sorted(files), desc="capture", unit="file"):
+    for file in tqdm(files, desc="capture", unit="file"):
         text = file.read_text(encoding="utf-8", errors="replace")
         for index, (name, ids) in enumerate(documents(file.stem, text, tokenizer, tokens)):
             if per_file is not None and index >= per_file:

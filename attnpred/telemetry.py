@@ -1,4 +1,4 @@
-"""`Telemetry`: what a cache really read, counted where it is read, from the shapes of the tensors that were gathered.
+"""What a cache really read, counted where it is read, from the shapes of the tensors that were gathered.
 
 One `LayerCounts` per layer. Bytes count keys and values of the decode steps; a calibration row reads keys only and is
 counted apart. Dense decode steps are counted with their reason; only those in `FALLBACKS` are fallbacks, the others are
@@ -95,3 +95,9 @@ def total(layers: list[LayerCounts]) -> LayerCounts:
         for reason, count in layer.dense.items():
             result.dense[reason] = result.dense.get(reason, 0) + count
     return result
+
+
+def report(counts: list[LayerCounts], indices: list[int]) -> dict[str, Any]:
+    """Return per-layer counters and their sum as plain numbers."""
+    layers = [{"layer": index} | count.as_dict() for index, count in zip(indices, counts, strict=True)]
+    return {"layers": layers, "total": total(counts).as_dict()}

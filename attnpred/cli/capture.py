@@ -29,6 +29,8 @@ def capture(
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not files:
         raise ConfigError(f"got {missing[0] if missing else text[0]}, expected a text file or a folder of .txt files")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"got {out}, expected a folder, or a new name for one")
     lm, tokenizer = load_model(model)
     name = "attnpred demo LM" if model == "demo" else model
     count = run(

@@ -7,11 +7,11 @@ import typer
 
 
 def demo(
-    context: Annotated[int, typer.Option(help="Tokens of the book that are read.")] = 4096,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the book that are read.")] = 4096,
     compression: Annotated[float, typer.Option(help="How many times less KV is to be read per step, all told.")] = 13.0,
     policy: Annotated[str, typer.Option(help="Which policy chooses (see `attnpred info`).")] = "predicted",
-    documents: Annotated[int, typer.Option(help="Texts with planted facts.")] = 5,
-    steps: Annotated[int, typer.Option(help="Tokens of the continuation.")] = 256,
+    documents: Annotated[int, typer.Option(min=1, help="Texts with planted facts.")] = 5,
+    steps: Annotated[int, typer.Option(min=2, help="Tokens of the continuation.")] = 256,
     calibration: Annotated[int, typer.Option(help="A dense history row every this many steps; 0 is never.")] = 32,
     dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 0,
     text: Annotated[Path | None, typer.Option(help="A text of your own instead of the embedded book.")] = None,
@@ -32,6 +32,8 @@ def demo(
 
     if text is not None and not text.is_file():
         raise ConfigError(f"got {text}, expected a text file")
+    if figure is not None and not figure.parent.is_dir():
+        raise ConfigError(f"got {figure}, expected a file in a folder that exists")
     model, tokenizer = load_model("demo")
     book = demo_book() if text is None else text.read_text(encoding="utf-8", errors="replace")
     plan = Plan(context=context, documents=documents, steps=steps, seed=seed)

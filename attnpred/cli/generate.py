@@ -14,7 +14,7 @@ def generate(
     ] = 1024,
     policy: Annotated[str, typer.Option(help="Which policy chooses (see `attnpred info`).")] = "predicted",
     predictor: Annotated[str | None, typer.Option(help="Folder or Hub id of a predictor of your own.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     num_sink_tokens: Annotated[int, typer.Option(help="First tokens, always attended.")] = 64,

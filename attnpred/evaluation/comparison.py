@@ -16,7 +16,7 @@ from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.evaluation import facts_task
 from attnpred.evaluation.continuation import Continuation, continue_text
-from attnpred.policies.base import View
+from attnpred.policies.base import Policy, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,20 @@ def documents(tokenizer: Any, text: str, plan: Plan) -> list[facts_task.FactsDoc
 
 def continuation_tokens(tokenizer: Any, text: str, plan: Plan) -> Tensor:
     """Return the plain text to continue, [1, context + steps]."""
-    return tokenizer(text, verbose=False, return_tensors="pt")["input_ids"][:, : plan.context + plan.steps]
+    tokens = tokenizer(text, verbose=False, return_tensors="pt")["input_ids"]
+    wanted = plan.context + plan.steps
+    if tokens.shape[1] < wanted:
+        raise ConfigError(
+            f"got {tokens.shape[1]} tokens of text, expected at least {wanted}: give a longer text, or lower context or steps"
+        )
+    return tokens[:, :wanted]
 
 
 def compare(
     model: Any, tokenizer: Any, text: str, plan: Plan, policy: str, settings: CacheConfig, say: Any = print
 ) -> dict[str, Any]:
     """Run the plan with the full cache and with `policy`; return the figures by the names of `attnpred demo --json`."""
+    chooses = hf.make_policy(policy, None, model.config, settings)
     asked = documents(tokenizer, text, plan)
     tokens = continuation_tokens(tokenizer, text, plan)
     result: dict[str, Any] = {
@@ -71,9 +78,9 @@ def compare(
     }
     facts = [fact for document in asked for fact in document.facts]
     given: dict[str, list[str]] = {}
-    for name, chosen in (("full", "full"), ("predicted", policy)):
+    for name, chosen, by in (("full", "full", "full"), ("predicted", policy, chooses)):
         say(f"{chosen}: {plan.documents * plan.facts} questions about {plan.documents} texts of {plan.context} tokens")
-        with hf.attach(model, policy=chosen, config=settings) as attached:
+        with hf.attach(model, policy=by, config=settings) as attached:
             given[name] = facts_task.answers(model, tokenizer, asked)
             say(f"{chosen}: continuing the book by {plan.steps} tokens")
             cache = attached.new_cache()
@@ -91,7 +98,7 @@ def compare(
         for fact, full, part in zip(facts, given["full"], given["predicted"], strict=True)
     ]
     say("recovery: comparing each step's selection with its true attention")
-    measured, picture = _measure(model, tokenizer, tokens, plan, policy, settings)
+    measured, picture = _measure(model, tokenizer, tokens, plan, chooses, settings)
     return result | measured | {"picture": picture}
 
 
@@ -108,7 +115,7 @@ def _row(correct: int, total: int, continued: Continuation, stats: dict[str, Any
 
 
 def _measure(
-    model: Any, tokenizer: Any, tokens: Tensor, plan: Plan, policy: str, settings: CacheConfig
+    model: Any, tokenizer: Any, tokens: Tensor, plan: Plan, policy: Policy, settings: CacheConfig
 ) -> tuple[dict[str, Any], HeadOverTime | None]:
     """Run again with the true attention computed beside each step: recovery, and the picture of one head."""
     watched = hf.make_settings(settings, {"measure_recovery": True})

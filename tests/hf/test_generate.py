@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, TextStreamer, pip
 
 import attnpred
 from attnpred.policies import Policy, Predicted
+from attnpred.store.pool import BlockPool
 from attnpred.telemetry import SEVERAL
 from tests.hf.support import COVERING, SMALL, WHOLE, greedy, left_padded, predictor, text_of, tokenizer
 from tests.models import prompt, tiny_model
@@ -153,9 +154,9 @@ def test_feature_gives_what_stock_generate_gives(family: str, feature: Callable[
 def test_beams_really_move_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the beam search above would not show that reordering is right."""
     seen: list[list[int]] = []
-    select = attnpred.hf.BlockPool.select
+    select = BlockPool.select
     monkeypatch.setattr(
-        attnpred.hf.BlockPool, "select", lambda self, rows: (seen.append(rows.tolist()), select(self, rows))[1]
+        BlockPool, "select", lambda self, rows: (seen.append(rows.tolist()), select(self, rows))[1]
     )
     model = tiny_model("llama")
     with attnpred.attach(model, policy="ema", config=COVERING):

@@ -1,0 +1,36 @@
+"""The only folder that knows transformers: a cache, an attention function, and `attach`.
+
+How they meet. `TieredCache` holds one `TieredLayer` per full-attention layer; sliding, linear and other layers stay
+stock. A layer's `update` stores the new keys and values and decides, from the cache's own state, what this call is:
+
+* the first call is the prompt; a later call of several tokens is a chunk, a second turn or a verification: both dense;
+* a call of one token on a filled layer is a decode step: sparse, unless everything fits the budget anyway.
+
+For a dense call `update` returns all keys and values, for a sparse one only the new ones. The attention function then
+recognises the layer by the very tensor that `update` returned, so nothing is hung on modules or passed through
+`generate`, layers that share another layer's keys (Gemma) are served by that layer's store, and whatever else runs on
+the model takes the stock path. A model that changes keys or values after `update` is refused at its first call, because
+what it attends to is not what is stored. Mask sizes stay full, so padding masks stay right.
+"""
+
+from attnpred.hf.cache import IMPLEMENTATION, TieredCache
+from attnpred.hf.choose import fingerprint, make_policy, make_settings
+from attnpred.hf.handle import Attached, attach
+from attnpred.hf.layer import TieredLayer
+from attnpred.hf.load import DEMO_MODEL, load_model, text_streamer
+from attnpred.hf.support import refuse_unsupported
+
+__all__ = [
+    "DEMO_MODEL",
+    "IMPLEMENTATION",
+    "Attached",
+    "TieredCache",
+    "TieredLayer",
+    "attach",
+    "fingerprint",
+    "load_model",
+    "make_policy",
+    "make_settings",
+    "refuse_unsupported",
+    "text_streamer",
+]

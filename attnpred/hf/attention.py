@@ -1,0 +1,79 @@
+"""The attention function and what it falls back to. It is registered once and recognises its own layers by itself."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from attnpred import telemetry
+from attnpred.errors import UnsupportedModelError
+from attnpred.hf.cache import LAST_UPDATED
+from attnpred.kernels.dense import AttentionTerms, dense_attention
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered with transformers: query [B, Hq, Q, D] to output [B, Q, Hq, D]."""
+    terms = AttentionTerms(
+        scaling if scaling is not None else query.shape[-1] ** -0.5, kwargs.get("softcap"), kwargs.get("s_aux")
+    )
+    reference = LAST_UPDATED.get()
+    cache = None if reference is None else reference()
+    index: int = getattr(module, "layer_idx", -1)
+    layer = None if cache is None else cache.layer_of(index, key, value)
+    if cache is None or layer is None:
+        return _dense(module, query, key, value, attention_mask, dropout, terms, kwargs), None
+    decoder = cache.decoder(index)
+    is_dense_layer = index < cache.settings.dense_layers
+    if layer.is_sparse and not is_dense_layer:
+        allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0, -1]
+        return decoder.step(query[:, :, 0], layer.pool, terms, allowed)[:, None], None
+    if not layer.is_prompt:
+        reason = layer.reason or telemetry.DENSE_LAYER
+        decoder.counts.count_dense(reason, query.shape[2], layer.pool.length, layer.pool.bytes())
+    if layer.is_sparse:
+        # A dense layer that shares the keys of a sparse one: `update` returned too little for it.
+        key, value = layer.pool.view()
+    output = _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
+    if not is_dense_layer:
+        allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0]
+        decoder.observe(query, layer.pool, terms, allowed, prompt=layer.is_prompt)
+    return output, None
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    if bool(((mask != 0) & (mask > -1e3)).any()):
+        raise UnsupportedModelError(
+            "got an attention mask that is also a bias, expected one that only forbids: run the model without attnpred"
+        )
+    return mask == 0
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    terms: AttentionTerms,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    if terms.softcap is None and terms.sinks is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=terms.scale, **kwargs
+        )
+        return output
+    allowed = None if mask is None else _as_bool(mask)[:, 0]
+    return dense_attention(query, key, value, terms, allowed).transpose(1, 2).contiguous()

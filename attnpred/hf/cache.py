@@ -1,0 +1,162 @@
+"""`TieredCache`: the cache of one sequence (or batch), all of its state, and the only thing that is passed around."""
+
+import copy
+import logging
+import weakref
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache
+
+from attnpred import telemetry
+from attnpred.config import CacheConfig
+from attnpred.decode import LayerDecoder
+from attnpred.errors import NotSparseError, UnsupportedModelError
+from attnpred.hf.choose import make_policy, make_settings
+from attnpred.hf.layer import TieredLayer
+from attnpred.hf.support import is_served, refuse_unsupported
+from attnpred.policies.base import Policy
+from attnpred.predictor.pretrained import Predictor
+
+logger = logging.getLogger("attnpred")
+
+IMPLEMENTATION = "attnpred"
+"""The name under which the attention function is registered with transformers."""
+
+LAST_UPDATED: ContextVar["weakref.ref[TieredCache] | None"] = ContextVar("attnpred_last_updated", default=None)
+"""The cache that was updated last in this thread; the attention function that follows looks there for its layer."""
+
+
+@final
+class TieredCache(Cache):
+    """The cache of one `generate` call, or of a conversation: `model.generate(..., past_key_values=cache)`.
+
+    The model must be attached (`attach`); otherwise every step is dense, correct, and counted as a fallback.
+
+    Example:
+        with attnpred.attach(model):
+            cache = attnpred.TieredCache(model.config, budget=1024)
+            model.generate(**inputs, past_key_values=cache)
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        policy: str | Policy = "predicted",
+        settings: CacheConfig | None = None,
+        predictor: Predictor | str | Path | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.model_config = config.get_text_config(decoder=True)
+        refuse_unsupported(self.model_config)
+        self.settings = make_settings(settings, overrides)
+        self.policy = make_policy(policy, predictor, self.model_config, self.settings)
+        stock = DynamicCache(config=config).layers
+        super().__init__(
+            layers=[
+                TieredLayer(self.settings.block_size, i) if is_served(layer) else layer for i, layer in enumerate(stock)
+            ]
+        )
+        self.decoders: dict[int, LayerDecoder] = {}
+        self._warned = False
+
+    def decoder(self, index: int) -> LayerDecoder:
+        """Return the decoder of attention layer `index`, made at its first use."""
+        if index not in self.decoders:
+            self.decoders[index] = LayerDecoder(self.settings, self.policy, telemetry.LayerCounts())
+        return self.decoders[index]
+
+    @property
+    def is_attached(self) -> bool:
+        """True where the model's attention is the function of this module."""
+        return bool(self.model_config._attn_implementation == IMPLEMENTATION)
+
+    def dense_reason(self, index: int, tokens: int, length: int) -> str | None:
+        """Return why a later call of `tokens` tokens, to a length of `length`, must be dense; None if it need not."""
+        if not self.is_attached:
+            if self.settings.strict:
+                raise NotSparseError(
+                    "got a model that is not attached, expected the sparse path: run inside attnpred.attach(model)"
+                )
+            if not self._warned:
+                logger.warning(
+                    "the model is not attached: this cache works, but every step is dense (use attnpred.attach)"
+                )
+                self._warned = True
+            return telemetry.NOT_ATTACHED
+        if index < self.settings.dense_layers:
+            return telemetry.DENSE_LAYER
+        if self.policy.is_dense:
+            return telemetry.DENSE_POLICY
+        if tokens > 1:
+            return telemetry.SEVERAL
+        return telemetry.FITS if self.decoder(index).fits(length) else None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        LAST_UPDATED.set(weakref.ref(self))
+        if type(self.layers[layer_idx]) is TieredLayer:
+            kwargs["cache"] = self
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def layer_of(self, index: int, key: Tensor, value: Tensor) -> TieredLayer | None:
+        """Return the layer whose `update` returned these very tensors: layer `index`, or one that it shares keys with.
+
+        Raises `UnsupportedModelError` if layer `index` was updated, and something else is attended to.
+        """
+        for layer in self.layers:
+            if type(layer) is TieredLayer and layer.has_returned(key, value):
+                layer.is_awaited = False
+                return layer
+        own = self.layers[index] if 0 <= index < len(self.layers) else None
+        if type(own) is TieredLayer and own.is_awaited:
+            own.is_awaited = False
+            name = self.model_config.model_type
+            raise UnsupportedModelError(
+                f"got {name}, which changes keys or values after they are cached: run it without attnpred"
+            )
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
+        """Copy the sequence; policy and model config stay shared (the config tells whether the model is attached)."""
+        memo |= {id(shared): shared for shared in (self.model_config, self.settings, self.policy)}
+        copied = memo[id(self)] = object.__new__(TieredCache)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters per layer and in all (see `attnpred.telemetry`); averages are per decode step."""
+        return telemetry.report([self.decoders[i].counts for i in sorted(self.decoders)], sorted(self.decoders))
+
+    def reset(self) -> None:
+        super().reset()
+        for decoder in self.decoders.values():
+            decoder.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        length = self.get_seq_length()
+        for decoder in self.decoders.values():
+            decoder.crop(length) if length else decoder.clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        for decoder in self.decoders.values():
+            decoder.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        for decoder in self.decoders.values():
+            decoder.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        for decoder in self.decoders.values():
+            decoder.repeat(repeats)

@@ -1,0 +1,168 @@
+"""`attach`: switch the sparse path of a model on, for good or for a `with` block."""
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, final
+
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from attnpred import telemetry
+from attnpred.config import CacheConfig
+from attnpred.errors import ConfigError, NotSparseError, UnsupportedModelError
+from attnpred.hf.attention import attention
+from attnpred.hf.cache import IMPLEMENTATION, TieredCache
+from attnpred.hf.choose import make_policy, make_settings
+from attnpred.hf.support import is_served, refuse_unsupported
+from attnpred.policies.base import Policy
+from attnpred.policies.predicted import Predicted
+from attnpred.predictor.pretrained import Predictor
+
+logger = logging.getLogger("attnpred")
+
+
+@final
+class Attached:
+    """A model with the sparse path switched on; a context manager that switches it off again.
+
+    `model.generate` gets a fresh `TieredCache` per call, unless the caller brings a cache of their own or rules one out.
+    """
+
+    def __init__(self, model: PreTrainedModel, make_cache: Callable[[], TieredCache], *, strict: bool) -> None:
+        self._model, self._make_cache, self._strict = model, make_cache, strict
+        self._caches: list[dict[int, telemetry.LayerCounts]] = []
+        self._warned = False
+        self._stock_implementation = model.config.get_text_config(decoder=True)._attn_implementation
+        self._stock_generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
+        self._is_active = False
+
+    def activate(self) -> "Attached":
+        """Register attention and mask functions and wrap `generate`."""
+        AttentionInterface.register(IMPLEMENTATION, attention)
+        AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+        self._model.set_attn_implementation(IMPLEMENTATION)
+
+        @functools.wraps(self._stock_generate)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            return self._generate(*args, **kwargs)
+
+        self._model.generate = generate  # type: ignore[assignment]
+        self._is_active = True
+        return self
+
+    def new_cache(self) -> TieredCache:
+        """Return an empty cache with this handle's settings, for calls of the model outside `generate`."""
+        return self._make_cache()
+
+    def detach(self) -> None:
+        """Give the model back as it was; a second call does nothing."""
+        if self._is_active:
+            self._is_active = False
+            del self._model.generate
+            self._model.set_attn_implementation(self._stock_implementation)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        implementation = self._setting("cache_implementation", args, kwargs)
+        why = None
+        if cache is not None:
+            why = None if isinstance(cache, TieredCache) else "past_key_values is another cache"
+        elif self._setting("use_cache", args, kwargs) is False:
+            why = "use_cache=False"
+        elif implementation not in (None, "hybrid"):  # "hybrid" is an old default of the Hub, which `generate` ignores
+            why = f"cache_implementation={implementation!r}"
+        else:
+            cache = kwargs["past_key_values"] = self._make_cache()
+            if self._setting("is_assistant", args, kwargs):
+                cache.activate_past_recording()  # as `generate` does with a cache that it makes itself
+        if why is not None:
+            if self._strict:
+                raise NotSparseError(f"got {why}, expected the sparse path (strict=True): leave it out")
+            if not self._warned:
+                logger.warning("%s: the sparse path is off for this call", why)
+                self._warned = True
+        try:
+            return self._stock_generate(*args, **kwargs)
+        finally:
+            if isinstance(cache, TieredCache):
+                self._remember(cache)
+
+    def _setting(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what `generate(*args, **kwargs)` goes by: its argument, else its generation config's, else the model's."""
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        found = [kwargs.get(name), getattr(given, name, None), getattr(self._model.generation_config, name, None)]
+        return next((value for value in found if value is not None), None)
+
+    def _remember(self, cache: TieredCache) -> None:
+        counts = {index: decoder.counts for index, decoder in cache.decoders.items()}
+        known = {id(count) for earlier in self._caches for count in earlier.values()}
+        if not known & {id(count) for count in counts.values()}:
+            self._caches.append(counts)
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters of all `generate` calls so far, per layer and in all."""
+        indices = sorted({index for counts in self._caches for index in counts})
+        return telemetry.report([telemetry.total([c[i] for c in self._caches if i in c]) for i in indices], indices)
+
+    def reset_stats(self) -> None:
+        """Forget the counters of earlier calls."""
+        self._caches = []
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+def attach(
+    model: PreTrainedModel,
+    budget: int | float | None = None,
+    *,
+    policy: str | Policy = "predicted",
+    config: CacheConfig | None = None,
+    predictor: Predictor | str | Path | None = None,
+    **overrides: Any,
+) -> Attached:
+    """Switch the sparse path of `model` on, for good or for a `with` block, and return the handle.
+
+    budget: tokens, or a share of the context up to 1 (see `CacheConfig`); config and overrides: all other settings;
+    policy: a name of `attnpred info`, or an instance; predictor: a `Predictor`, a folder or a Hub id.
+    Raises `UnsupportedModelError` and `ConfigError` before the first token.
+
+    Example:
+        with attnpred.attach(model, budget=1024) as attached:
+            model.generate(**inputs)
+            attached.stats()["total"]["tokens_attended"]
+    """
+    if "generate" in vars(model):
+        raise ConfigError(
+            f"got a {type(model).__name__} that is attached already, expected a free one: call detach() on the earlier handle"
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"got {type(model).__name__}, which does not let its attention be replaced, expected one that does: run it without attnpred"
+        )
+    if budget is not None:
+        overrides["budget"] = budget
+    settings = make_settings(config, overrides)
+    refuse_unsupported(model.config)
+    chosen = make_policy(policy, predictor, model.config, settings)
+    if isinstance(chosen, Predicted):
+        chosen.predictor.to(model.device)
+    if not any(is_served(layer) for layer in DynamicCache(config=model.config).layers):
+        why = f"{model.config.model_type} has no full-attention layer: there is nothing to compress"
+        if settings.strict:
+            raise NotSparseError(f"got strict=True, but {why}")
+        logger.warning(why)
+
+    def make_cache() -> TieredCache:
+        return TieredCache(model.config, policy=chosen, settings=settings)
+
+    return Attached(model, make_cache, strict=settings.strict).activate()

@@ -1,0 +1,92 @@
+"""`TieredLayer`: one full-attention layer of a `TieredCache`. `attnpred.hf` says how its `update` is understood."""
+
+import weakref
+from typing import TYPE_CHECKING, Any, final
+
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from attnpred import telemetry
+from attnpred.errors import ConfigError
+from attnpred.store.pool import BlockPool
+
+if TYPE_CHECKING:
+    from attnpred.hf.cache import TieredCache
+
+
+@final
+class TieredLayer(DynamicLayer):
+    """Keys and values of one full-attention layer in a `BlockPool`; see `attnpred.hf` for `update`."""
+
+    def __init__(self, block_size: int, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.pool = BlockPool(block_size)
+        self.returned: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+        self.is_awaited = False
+        self.reason: str | None = None
+        self.is_sparse = False
+        self.is_prompt = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, cache: "TieredCache", **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[-2]
+        self.is_prompt = self.pool.length == 0
+        self.pool.append(key_states, value_states)
+        self.reason = None if self.is_prompt else cache.dense_reason(self.index, tokens, self.pool.length)
+        self.is_sparse = not self.is_prompt and self.reason is None
+        if self.reason == telemetry.NOT_ATTACHED:
+            cache.decoder(self.index).counts.count_dense(self.reason, tokens, self.pool.length, self.pool.bytes())
+        keys, values = (key_states, value_states) if self.is_prompt or self.is_sparse else self.pool.view()
+        self.returned = weakref.ref(keys), weakref.ref(values)
+        self.is_awaited = cache.is_attached
+        return keys, values
+
+    def has_returned(self, key: Tensor, value: Tensor) -> bool:
+        """True where the last `update` returned these very tensors."""
+        return self.returned is not None and self.returned[0]() is key and self.returned[1]() is value
+
+    def get_seq_length(self) -> int:
+        return self.pool.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Older name of `get_max_length` (transformers before 5.21)."""
+        return -1
+
+    def reset(self) -> None:
+        self.pool.clear()
+        self.returned = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ConfigError(f"got crop({tokens_to_remove}), expected 0 or less: -n removes the last n tokens")
+        self.pool.crop(max(0, self.pool.length + tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.pool.length:
+            self.pool.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.pool.length:
+            self.pool.repeat(repeats)
+
+    def offload(self) -> None:
+        raise ConfigError(
+            "got a request to offload a TieredCache layer, expected none: use DynamicCache(offloading=True) instead"
+        )
+
+    prefetch = offload

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     export(args.work)
     write_book(args.work)
+    shutil.copyfile(args.work / "log.jsonl", Path(__file__).with_name("training_log.jsonl"))
     if args.asked:
         (DEMO_MODEL / "README.md").write_text(card(args.work, args.asked), encoding="utf-8")
 

@@ -50,7 +50,11 @@ def attention_trace(model: Any, tokens: Tensor, rows: int, block_size: int = 16)
     )
     with hf.attach(model, policy=Remember(), config=settings):
         cache = hf.TieredCache(model.config, policy=Remember(), settings=settings)
-        model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # Layers that share another layer's keys may see no more queries than there are logits to keep.
+        shares = getattr(cache.model_config, "num_kv_shared_layers", 0)
+        model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=rows if shares else 1)
+    if any(decoder.history.count < rows for decoder in cache.decoders.values()):
+        raise ConfigError(f"got a layer that saw fewer than {rows} queries, expected all of them: lower --rows")
     return torch.stack([cache.decoders[i].history.ordered()[0] for i in sorted(cache.decoders)])
 
 

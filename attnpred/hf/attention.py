@@ -1,15 +1,20 @@
 """The attention function and what it falls back to. It is registered once and recognises its own layers by itself."""
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from attnpred import telemetry
 from attnpred.errors import UnsupportedModelError
 from attnpred.hf.cache import LAST_UPDATED
 from attnpred.kernels.dense import AttentionTerms, dense_attention
+
+QUERIES: ContextVar[int] = ContextVar("attnpred_queries", default=0)
+"""Queries of the call of the model that runs in this thread."""
 
 
 def attention(
@@ -50,6 +55,27 @@ def attention(
     return output, None
 
 
+def make_mask(**kwargs: Any) -> Tensor | None:
+    """The mask function registered with transformers: stock, but it notes how many queries the call has."""
+    QUERIES.set(kwargs["q_length"])
+    return sdpa_mask(**kwargs)
+
+
+def _implied(module: nn.Module, query: Tensor, key: Tensor, is_plain: bool, is_causal: bool | None) -> Tensor | None:
+    """Return the causal mask that None stands for, where the kernel would take it for another one.
+
+    It stands for a call without a past. Gemma4 gives its last layers the last queries of it alone, and a static cache
+    has room behind the last key; torch's causal flag knows only the second of these, `dense_attention` only the first.
+    """
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return None
+    queries, length = query.shape[2], key.shape[2]
+    left_out = max(0, QUERIES.get() - queries)
+    if not left_out and (is_plain or queries in (1, length)):
+        return None
+    return torch.ones(1, 1, queries, length, dtype=torch.bool, device=query.device).tril(left_out)
+
+
 def _as_bool(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
@@ -70,7 +96,9 @@ def _dense(
     terms: AttentionTerms,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    if terms.softcap is None and terms.sinks is None:
+    is_plain = terms.softcap is None and terms.sinks is None
+    mask = _implied(module, query, key, is_plain, kwargs.get("is_causal")) if mask is None else mask
+    if is_plain:
         output, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=terms.scale, **kwargs
         )

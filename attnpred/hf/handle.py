@@ -9,12 +9,12 @@ from typing import Any, final
 
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 from attnpred import telemetry
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError, NotSparseError, UnsupportedModelError
-from attnpred.hf.attention import attention
+from attnpred.hf.attention import attention, make_mask
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.choose import make_policy, make_settings
 from attnpred.hf.support import is_served, refuse_unsupported
@@ -43,7 +43,7 @@ class Attached:
     def activate(self) -> "Attached":
         """Register attention and mask functions and wrap `generate`."""
         AttentionInterface.register(IMPLEMENTATION, attention)
-        AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+        AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
         self._model.set_attn_implementation(IMPLEMENTATION)
 
         @functools.wraps(self._stock_generate)

@@ -1,5 +1,7 @@
 """Trains a predictor on traces: mean squared error on the next row, as published (arXiv 2502.04077), with Adam.
 
+The network starts as a plain average of recent rows (`start_as_average`): from random weights it ended far below that.
+
 The loss is dominated by the few blocks with much attention; what counts is the order. So the result is measured on
 held-out documents as the recovered share of the next row's mass, beside the two forecasts that need no training (an
 exponential moving average and the last row), and the weights that recover most are kept.
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from attnpred.errors import ConfigError, TraceError
 from attnpred.predictor.card import model_card, training_details
+from attnpred.predictor.cnn import PaperCNN, start_as_average
 from attnpred.predictor.files import write_text
 from attnpred.predictor.predictor_config import CARD, PredictorConfig
 from attnpred.predictor.pretrained import Predictor
@@ -37,15 +40,16 @@ from attnpred.predictor.windows import Windows, ema, recovered_share
 class TrainConfig:
     """Settings of a training run.
 
-    steps: of the optimiser, in all. batch: windows per step. lr: of Adam. history: H.
+    steps: of the optimiser, in all. queries: drawn per step. batch: windows per query. lr: of Adam, at first. history: H.
     sink_blocks, recent_blocks: cut off, as in inference. validation: share of the documents held out.
     eval_every: steps between measurements. eval_batches: queries measured, `batch` windows each.
     budget_fraction: share of the blocks that a selection holds when measured, sinks and recent window included.
     """
 
     steps: int = 1500
+    queries: int = 4
     batch: int = 16
-    lr: float = 1e-3
+    lr: float = 3e-4
     history: int = 64
     sink_blocks: int = 4
     recent_blocks: int = 4
@@ -56,7 +60,7 @@ class TrainConfig:
     budget_fraction: float = 1 / 13
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("steps", "batch", "history", "eval_every", "eval_batches"), 1)
+        least = dict.fromkeys(("steps", "queries", "batch", "history", "eval_every", "eval_batches"), 1)
         least |= dict.fromkeys(("sink_blocks", "recent_blocks", "seed"), 0)
         for name, smallest in least.items():
             value = getattr(self, name)
@@ -100,7 +104,8 @@ def train_predictor(
     losses: list[float] = []
     bar = tqdm(range(run.step + 1, config.steps + 1), "train", config.steps, initial=run.step, disable=not progress)
     for step in bar:
-        losses.append(run.learn(windows.draw(random.Random(f"{config.seed}/{step}"), training, config.batch)))
+        rng = random.Random(f"{config.seed}/{step}")
+        losses.append(run.learn(step, [windows.draw(rng, training, config.batch) for _ in range(config.queries)]))
         if step % config.eval_every == 0 or step == config.steps:
             recovery = _recovery(predictor, windows, held_out, config)
             run.record(step, statistics.fmean(losses), recovery, time.monotonic() - began)
@@ -121,7 +126,7 @@ def train_predictor(
 def _fresh_predictor(meta: TraceMeta, config: TrainConfig, documents: int) -> Predictor:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        return Predictor(
+        predictor = Predictor(
             PredictorConfig(
                 block_size=meta.block_size,
                 history=config.history,
@@ -130,6 +135,9 @@ def _fresh_predictor(meta: TraceMeta, config: TrainConfig, documents: int) -> Pr
                 trained_on=f"captured attention of {documents} documents",
             )
         )
+    assert isinstance(predictor.network, PaperCNN)
+    start_as_average(predictor.network, config.history)
+    return predictor
 
 
 def _settings(

@@ -18,6 +18,7 @@ from attnpred.predictor.windows import Window
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "train_log.jsonl"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_LOSS_SCALE = 4096.0
 
 
 class TrainingRun:
@@ -31,16 +32,27 @@ class TrainingRun:
         self.step, self.best_step, self.best = 0, 0, -1.0
         self.log: list[dict[str, Any]] = []
         self.device = next(predictor.parameters()).device
+        self.lr = lr
         self.optimizer = torch.optim.Adam(predictor.parameters(), lr=lr)
 
-    def learn(self, window: Window) -> float:
-        """Take one step; return its loss."""
-        scores = self.predictor.network(window.rows.to(self.device))
-        loss = torch.nn.functional.mse_loss(scores, window.target.to(self.device))
+    def learn(self, step: int, windows: list[Window]) -> float:
+        """Take step number `step` on windows of several queries; return the loss.
+
+        The learning rate falls as 1 / (1 + step / 200), which does not ask how many steps there will be. The loss is
+        multiplied by a constant before it is differentiated: attention of old blocks is about 0.001, and gradients of
+        its square would be as small as what Adam adds to its denominators.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr / (1 + step / 200)
         self.optimizer.zero_grad()
-        loss.backward()
+        total = 0.0
+        for window in windows:
+            scores = self.predictor.network(window.rows.to(self.device))
+            loss = torch.nn.functional.mse_loss(scores, window.target.to(self.device))
+            (loss * (_LOSS_SCALE / len(windows))).backward()
+            total += float(loss.detach()) / len(windows)
         self.optimizer.step()
-        return float(loss.detach())
+        return total
 
     def record(self, step: int, loss: float, recovery: dict[str, float], seconds: float) -> None:
         """Log one measurement and save. The checkpoint goes last: what is newer than it will be done again alike."""

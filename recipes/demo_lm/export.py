@@ -122,7 +122,7 @@ def card(work: Path, asked: int) -> str:
     parameters = sum(p.numel() for p in lm.parameters())
     scores = []
     for length in (1024, 4096, 8000):
-        n = asked if length == 4096 else asked // 2
+        n = asked if length == 4096 else asked // 4
         for keys in (1, 4):
             scores.append((length, keys, retrieval(lm, tokenizer, books, length, keys, n), n))
     text_scores = [(length, *perplexity(lm, tokenizer, books, length, 2)) for length in (1024, 4096, 8000)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -54,15 +54,17 @@ def predictor() -> Predictor:
     return Predictor(PredictorConfig(block_size=SMALL.block_size)).eval()
 
 
+WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, 97))]
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of 97 words, w0 to w96, the first three of them special."""
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w0"
-    )
+    """Return a tokenizer of the 97 `WORDS`, which stand apart."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 def text_of(tokens: Tensor) -> str:
     """Return the words of `tokens` [L], from which `tokenizer` makes the same tokens."""
-    return " ".join(f"w{int(token)}" for token in tokens)
+    return " ".join(WORDS[int(token)] for token in tokens)

@@ -374,17 +374,17 @@ def test_two_models_generate_in_two_threads_what_each_gives_alone() -> None:
         for seed in range(4):
             results[family].append(greedy(models[family], prompt(1, 90, seed), 16))
 
-    with attnpred.attach(models["llama"], policy="ema", config=SMALL) as first:
-        with attnpred.attach(models["qwen3"], policy="predicted", config=SMALL, predictor=predictor()) as second:
-            alone = {
-                family: [greedy(models[family], prompt(1, 90, seed), 16) for seed in range(4)] for family in families
-            }
-            threads = [threading.Thread(target=work, args=(family,)) for family in families]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert first.stats()["total"]["sparse_steps"] == second.stats()["total"]["sparse_steps"] == 2 * 4 * 15 * 3
+    with (
+        attnpred.attach(models["llama"], policy="ema", config=SMALL) as first,
+        attnpred.attach(models["qwen3"], policy="predicted", config=SMALL, predictor=predictor()) as second,
+    ):
+        alone = {family: [greedy(models[family], prompt(1, 90, seed), 16) for seed in range(4)] for family in families}
+        threads = [threading.Thread(target=work, args=(family,)) for family in families]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert first.stats()["total"]["sparse_steps"] == second.stats()["total"]["sparse_steps"] == 2 * 4 * 15 * 3
     for family in families:
         assert len(results[family]) == 4 and all(map(torch.equal, results[family], alone[family]))
 

@@ -105,6 +105,26 @@ def test_a_shared_kv_layer_of_gemma4_makes_its_own_sparse_steps() -> None:
     assert selections[0].shape == selections[3].shape and not torch.equal(selections[0], selections[3])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_of_the_last_tokens_alone_are_stock_logits(family: str) -> None:
+    """As assisted decoding asks for them. Layers that share keys (gemma4) then see the last queries of a prompt alone."""
+    model = tiny_model(family)
+    want = model(prompt(2, 60), logits_to_keep=5).logits
+    with attnpred.attach(model, policy="ema", config=SMALL) as attached:
+        for cache in (attached.new_cache(), None):
+            got = model(prompt(2, 60), logits_to_keep=5, past_key_values=cache, use_cache=cache is not None).logits
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_attached_model_with_a_static_cache_gives_stock_tokens(family: str) -> None:
+    """The caller's choice: keys then have room behind the last one, which nothing must attend to."""
+    model = tiny_model(family)
+    with attnpred.attach(model, policy="ema", config=SMALL):
+        assert_same(greedy_logits(model, prompt(2, 60), NEW, cache_implementation="static"), stock(family))
+
+
 def test_a_model_of_sliding_layers_alone_is_left_as_it_is_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("mistral-sliding")
     with caplog.at_level(logging.WARNING, "attnpred"), attnpred.attach(model, policy="ema", config=SMALL) as attached:

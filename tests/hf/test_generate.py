@@ -136,7 +136,7 @@ MODES: dict[str, tuple[str, attnpred.CacheConfig]] = {
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.__name__)
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text"])
 def test_feature_gives_what_stock_generate_gives(family: str, feature: Callable[..., list[Any]]) -> None:
     model = tiny_model(family)
     stock = feature(model, partial(DynamicCache, config=model.config))
@@ -155,9 +155,7 @@ def test_beams_really_move_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the beam search above would not show that reordering is right."""
     seen: list[list[int]] = []
     select = BlockPool.select
-    monkeypatch.setattr(
-        BlockPool, "select", lambda self, rows: (seen.append(rows.tolist()), select(self, rows))[1]
-    )
+    monkeypatch.setattr(BlockPool, "select", lambda self, rows: (seen.append(rows.tolist()), select(self, rows))[1])
     model = tiny_model("llama")
     with attnpred.attach(model, policy="ema", config=COVERING):
         beams(model, DynamicCache)

@@ -6,6 +6,7 @@ and everything becomes NaN (so the first proof can fail); all fresh memory is Na
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_a_smaller_budget_means_fewer_bytes_and_other_logits(family: str) -> Non
             logits = step(model, cache)
         total = cache.stats()["total"]
         read.append((total["bytes_read"], total["tokens_attended"], total["compression"], logits))
-    for less, more in zip(read, read[1:], strict=False):
+    for less, more in pairwise(read):
         assert less[0] < more[0] and less[1] < more[1] and less[2] > more[2]
         assert not torch.allclose(less[3], more[3], atol=1e-3)
 

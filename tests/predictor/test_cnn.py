@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from attnpred.errors import ShapeError
 from attnpred.predictor import cnn
-from attnpred.predictor.cnn import PaperCNN
+from attnpred.predictor.cnn import PaperCNN, start_as_average
 
 Grid = list[list[float]]
 
@@ -103,3 +103,15 @@ def test_recency_comes_from_the_border_alone() -> None:
 def test_another_number_of_dimensions_is_an_error() -> None:
     with pytest.raises(ShapeError, match=r"got rows of shape \(4, 5\), expected \[any, any, any\]"):
         network()(torch.rand(4, 5))
+
+
+def test_the_start_is_an_average_of_recent_rows() -> None:
+    torch.manual_seed(0)
+    network, rows = PaperCNN(), torch.rand(3, 20, 11)
+    start_as_average(network, 20, newest=0.3, pair=0.2, mean=0.5)
+    with torch.no_grad():
+        for layer in (network.conv1.weight[2:], network.conv2.weight[3:], network.conv3.weight[:, 3:]):
+            layer.zero_()
+        scores = network(rows)
+    want = 0.3 * rows[:, -1] + 0.2 * (rows[:, -1] + rows[:, -2]) + 0.5 * rows.mean(1)
+    torch.testing.assert_close(scores, want, rtol=1e-4, atol=1e-4)

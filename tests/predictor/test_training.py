@@ -93,7 +93,9 @@ def test_training_learns_and_says_how_it_compares(persistent: Write, tmp_path: P
     log = log_of(out)
     assert [line["step"] for line in log] == [20, 40, 60]
     assert result.steps == 60 and result.parameters == 4833 and result.seconds > 0
-    assert result.train_loss < 0.7 * float(log[0]["train_loss"])  # type: ignore[arg-type]
+    # It starts as a fair forecast already, so there is less to gain than from random weights.
+    assert result.train_loss < 0.9 * float(log[0]["train_loss"])  # type: ignore[arg-type]
+    assert result.recovery["cnn"] > result.recovery["last_step"]
     best = max(log, key=lambda line: line["recovery"]["cnn"])  # type: ignore[index]
     assert result.best_step == best["step"] and result.recovery == best["recovery"]
     assert result.recovery["cnn"] > 2 * by_chance(traces)
@@ -171,10 +173,10 @@ def test_a_resumed_run_ends_with_the_same_bits(
             learn = training_run.TrainingRun.learn
             steps = iter(range(50))
 
-            def die(self: training_run.TrainingRun, window: Window) -> float:
+            def die(self: training_run.TrainingRun, step: int, windows: list[Window]) -> float:
                 if next(steps, None) is None:
                     raise Killed
-                return learn(self, window)
+                return learn(self, step, windows)
 
             patch.setattr(training_run.TrainingRun, "learn", die)
         else:

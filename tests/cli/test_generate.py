@@ -1,0 +1,181 @@
+"""`attnpred generate`: the completion of stock `generate`, what was read, and one line for each mistake."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from attnpred.cli.main import main
+from attnpred.hf import DEMO_MODEL
+from attnpred.predictor.pretrained import Predictor, PredictorConfig, shipped
+
+TEXT = " ".join(
+    f"The {word} stood by the old mill, and nobody knew why." for word in "clock key ship lantern gate".split()
+)
+SPARSE = [
+    "--policy",
+    "ema",
+    "--budget",
+    "64",
+    "--num-sink-tokens",
+    "16",
+    "--recent-window",
+    "16",
+    "--dense-layers",
+    "0",
+]
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompt.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(prompt_file: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Return a function: further arguments to exit code, stdout, stderr."""
+
+    def command(*arguments: str, model: str = "demo", file: Path = prompt_file) -> tuple[int, str, str]:
+        code = main(["generate", model, "--prompt-file", str(file), "--max-new-tokens", "12", *arguments])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return command
+
+
+def stock_completion(new: int = 12) -> str:
+    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    model: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False)
+    return str(tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True))
+
+
+def test_a_budget_for_all_prints_what_stock_generate_gives(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("--policy", "ema", "--budget", "1")
+    assert code == 0 and out.strip() == stock_completion().strip() != ""
+    code, again, err = run("--policy", "ema", "--budget", "4096")
+    assert again == out and "note: budget 4096 holds all" in err
+
+
+def test_json_is_the_last_line_and_has_text_and_counters(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run(*SPARSE, "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and len(out.splitlines()) == 1 and result["text"].strip()
+    total = result["stats"]["total"]
+    assert result["prompt_tokens"] > 64 and total["tokens_attended"] <= 64
+    assert total["sparse_steps"] == total["steps"] == 5 * 11 and total["fallbacks"] == 0
+
+
+def test_stats_go_to_stderr_and_the_text_to_stdout(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run(*SPARSE, "--stats")
+    assert code == 0 and out.strip() and "attended" not in out
+    assert [line.split(":")[0] for line in err.splitlines() if line.startswith("layer")] == [
+        *(f"layer   {i}" for i in range(5)),
+        "layer all",
+    ]
+
+
+def test_the_streamed_text_is_that_of_json(run: Callable[..., tuple[int, str, str]]) -> None:
+    assert run(*SPARSE)[1].strip() == json.loads(run(*SPARSE, "--json")[1])["text"].strip()
+
+
+def test_a_seed_gives_the_same_sample_and_another_gives_another(run: Callable[..., tuple[int, str, str]]) -> None:
+    texts = [run(*SPARSE, "--temperature", "1.5", "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_predictor_of_ones_own_is_used(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = Predictor(PredictorConfig()).save_pretrained(tmp_path / "mine")
+    code, out, _ = run(*SPARSE, "--policy", "predicted", "--predictor", str(folder), "--json")
+    assert code == 0 and json.loads(out)["stats"]["total"]["sparse_steps"] == 5 * 11
+
+
+def test_a_text_that_is_not_utf8_is_read_all_the_same(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("Le café était fermé. ".encode("latin-1") * 3)
+    assert run("--policy", "ema", file=path)[0] == 0
+
+
+@pytest.mark.skipif(not shipped(), reason="the shipped predictor is made by recipes/demo_predictor")
+def test_the_shipped_predictor_is_the_default_and_fits_the_demo_model(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run(*SPARSE[2:], "--json")
+    assert code == 0 and json.loads(out)["stats"]["total"]["sparse_steps"] == 5 * 11
+    assert "no predictor was trained" not in err
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown policy": (["--policy", "h2o"], "got policy 'h2o', expected one of full"),
+    "budget 0": (["--budget", "0"], "got budget=0.0, expected a number of tokens"),
+    "budget below 0": (["--budget", "-5"], "got budget=-5.0, expected a number of tokens"),
+    "budget NaN": (["--budget", "nan"], "got budget=nan, expected a number of tokens"),
+    "budget infinite": (["--budget", "inf"], "got budget=inf, expected a share of at most 1.0"),
+    "budget 1.5": (["--budget", "1.5"], "got budget=1.5, expected a share of at most 1.0"),
+    "budget too small": (["--budget", "100"], "got budget=100, expected at least 160"),
+    "block size that does not divide": (
+        ["--block-size", "24"],
+        "got num_sink_tokens=64, expected a multiple of block_size=24",
+    ),
+    "block size 0": (["--block-size", "0"], "got block_size=0, expected a whole number of at least 1"),
+    "no new tokens": (["--max-new-tokens", "0"], "--max-new-tokens"),
+    "missing predictor": (["--policy", "predicted", "--predictor", "/no/such/folder"], "got missing directory"),
+}
+
+
+def assert_one_line(result: tuple[int, str, str], message: str) -> None:
+    """Loading shows its progress on stderr as well; the mistake itself is the last line there, and the only one of ours."""
+    code, out, err = result
+    ours = [line for line in err.splitlines() if line.startswith("attnpred: ")]
+    assert (code, out) == (2, "") and len(ours) == 1 and err.endswith(ours[0] + "\n")
+    assert message in ours[0] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_option_is_one_line(mistake: str, run: Callable[..., tuple[int, str, str]]) -> None:
+    arguments, message = MISTAKES[mistake]
+    assert_one_line(run("--policy", "ema", *arguments), message)
+
+
+@pytest.mark.parametrize("content", [None, "", " \n\t\n"], ids=["missing", "empty", "blank"])
+def test_a_prompt_that_is_not_there_is_one_line(
+    content: str | None, run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    path = tmp_path / "other.txt"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    message = f"got {path}, expected a text file" if content is None else f"got an empty prompt in {path}"
+    assert_one_line(run("--policy", "ema", file=path), message)
+
+
+def test_a_folder_as_the_prompt_is_one_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    assert_one_line(run("--policy", "ema", file=tmp_path), "expected a text file")
+
+
+def test_an_unknown_model_is_one_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """A path, so that nobody is asked over the network."""
+    name = str(tmp_path / "no-such-model")
+    assert_one_line(
+        run("--policy", "ema", model=name), f"got model '{name}', expected a Hub id, a local folder or 'demo'"
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 100, 19_000])
+def test_a_truncated_predictor_is_one_line(kept: int, run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    folder = Predictor(PredictorConfig()).save_pretrained(tmp_path / "mine")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert_one_line(run("--policy", "predicted", "--predictor", str(folder)), f"got a damaged {weights}")
+
+
+def test_a_predictor_for_other_blocks_is_one_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    folder = Predictor(PredictorConfig(block_size=32)).save_pretrained(tmp_path / "mine")
+    assert_one_line(
+        run("--policy", "predicted", "--predictor", str(folder)), "got a predictor for blocks of 32, expected 16"
+    )

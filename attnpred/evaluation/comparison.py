@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnpred import hf
+from attnpred.capture import attention_trace
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.evaluation import facts_task
@@ -119,41 +120,37 @@ def _measure(
 ) -> tuple[dict[str, Any], HeadOverTime | None]:
     """Run again with the true attention computed beside each step: recovery, and the picture of one head."""
     watched = hf.make_settings(settings, {"measure_recovery": True})
-    rows: list[tuple[Tensor, Tensor]] = []
+    # The forecasts made after steps 0, 1, ... are for the queries from `context` + 1 on.
+    true = attention_trace(model, tokens.to(model.device), plan.steps - 1, settings.block_size)
+    layer, head = _busiest_head(true, settings)
+    scores: list[Tensor] = []
+    chosen: list[Tensor] = []
     with hf.attach(model, policy=policy, config=watched) as attached:
         cache = attached.new_cache()
-        layer = -1
 
         def watch(step: int) -> None:
-            nonlocal layer
-            sparse = [(i, d, d.pending) for i, d in cache.decoders.items() if d.pending is not None and d.rows]
-            if sparse:
-                layer, decoder, (zone, selection) = sparse[len(sparse) // 2]
-                scores = decoder.policy.score(View(decoder.history, zone))[0]
-                chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, selection[0].clamp_min(0), True)
-                rows.append((scores, chosen))
+            decoder = cache.decoders[sorted(cache.decoders)[layer]]
+            if decoder.pending is not None and decoder.rows:
+                zone, selection = decoder.pending
+                found = decoder.policy.score(View(decoder.history, zone)).expand(1, selection.shape[1], -1)[0, head]
+                scores.append(found[: true.shape[3]])
+                chosen.append(torch.zeros(true.shape[3]).scatter_(0, selection[0, head].clamp_min(0), 1.0))
 
         continue_text(model, tokenizer, tokens, plan.context, cache, watch)
         stats = cache.stats()["total"]
     measured = {name: stats.get(name, 1.0) for name in ("attention_recovery", "recovery_ratio")}
-    return measured, _picture(model, tokens, layer, rows) if rows else None
+    if not scores:
+        return measured, None
+    forecast = torch.nn.utils.rnn.pad_sequence([x.cpu().float() for x in scores], batch_first=True)
+    forecast = torch.nn.functional.pad(forecast, (0, true.shape[3] - forecast.shape[1]))
+    return measured, HeadOverTime(layer, head, true[layer, head].cpu(), forecast, torch.stack(chosen).bool())
 
 
-def _picture(model: Any, tokens: Tensor, layer: int, rows: list[tuple[Tensor, Tensor]]) -> HeadOverTime:
-    from attnpred.capture import attention_trace
-
-    true = attention_trace(model, tokens.to(model.device), len(rows))[layer]
-    # The head whose attention moves most between old blocks has most to forecast.
-    middle = true[:, :, 4:-8]
-    head = int((middle[:, 1:] - middle[:, :-1]).abs().sum((1, 2)).argmax())
-    blocks = true.shape[2]
-
-    def stack(parts: list[Tensor]) -> Tensor:
-        return torch.stack(
-            [torch.nn.functional.pad(p[head, :blocks].float(), (0, max(0, blocks - p.shape[1]))) for p in parts]
-        )
-
-    return HeadOverTime(layer, head, true[head], stack([r[0] for r in rows]), stack([r[1] for r in rows]).bool())
+def _busiest_head(true: Tensor, settings: CacheConfig) -> tuple[int, int]:
+    """Return layer and head with the most attention between sinks and recent window: `true` [layers, Hkv, T, N]."""
+    first, last = settings.num_sink_tokens // settings.block_size, settings.recent_window // settings.block_size + 1
+    mass = true[settings.dense_layers :, :, :, first : true.shape[3] - last - 16].sum((2, 3))
+    return settings.dense_layers + int(mass.argmax()) // true.shape[1], int(mass.argmax()) % true.shape[1]
 
 
 def demo_settings(context: int, compression: float, calibration: int, dense_layers: int, layers: int) -> CacheConfig:

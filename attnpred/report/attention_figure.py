@@ -14,16 +14,13 @@ def draw(true: Any, predicted: Any, selected: Any, title: str, path: Path) -> No
         from matplotlib.figure import Figure
     except ImportError:
         raise missing_extra("matplotlib", "plot") from None
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, 1, sharex=True)
+    forecast = (predicted - predicted.median()).clamp_min(0)
     panels = (
-        ("true attention (largest probability in each block)", true, PowerNorm(0.35, 0, max(1e-6, float(true.max())))),
-        (
-            "forecast one token ahead, from past attention alone",
-            predicted.clamp_min(0),
-            PowerNorm(0.35, 0, max(1e-6, float(predicted.max()))),
-        ),
+        ("true attention (largest probability in each block)", true, PowerNorm(0.5, 0, _bright(true))),
+        ("forecast one token ahead, from past attention alone", forecast, PowerNorm(0.5, 0, _bright(forecast))),
         ("blocks attended: sinks, forecast, recent", selected.float(), PowerNorm(1.0, 0, 1)),
     )
     for axis, (label, values, norm) in zip(axes, panels, strict=True):
@@ -33,3 +30,9 @@ def draw(true: Any, predicted: Any, selected: Any, title: str, path: Path) -> No
     axes[-1].set_xlabel("decode step")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
+
+
+def _bright(values: Any) -> float:
+    """Return what is drawn brightest: the 99.5th percentile, so that a few recent blocks do not darken all others."""
+    ordered = values.flatten().sort().values
+    return max(1e-6, float(ordered[int(0.995 * (len(ordered) - 1))]))

@@ -138,6 +138,7 @@ class LayerDecoder:
     ) -> None:
         def block_mass() -> Tensor:
             assert terms is not None
+            self.counts.calibration_bytes += pool.key_bytes()
             mass = self._true_mass(query, pool, terms, mask)
             return mass.unflatten(1, (self._selecting(query, pool), -1)).sum(2)
 

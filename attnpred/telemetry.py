@@ -1,8 +1,8 @@
 """What a cache really read, counted where it is read, from the shapes of the tensors that were gathered.
 
-One `LayerCounts` per layer. Bytes count keys and values of the decode steps; a calibration row reads keys only and is
-counted apart. Dense decode steps are counted with their reason; only those in `FALLBACKS` are fallbacks, the others are
-what the settings ask for.
+One `LayerCounts` per layer. Bytes count keys and values of the decode steps; a true row (for calibration, or for the
+oracle) reads keys only and is counted apart. Dense decode steps are counted with their reason; only those in
+`FALLBACKS` are fallbacks, the others are what the settings ask for.
 """
 
 from dataclasses import dataclass, field

@@ -52,7 +52,9 @@ def tiny_model(family: str) -> PreTrainedModel:
     settings = {k: v for k, v in (BASE | FAMILIES[family]).items() if v is not None or k == "sliding_window"}
     torch.manual_seed(sum(map(ord, family)))
     config = AutoConfig.for_model(family.partition("-")[0], **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Older transformers run gemma2 on SDPA by default, which drops its softcap without a word; eager has it.
+    how = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -31,14 +31,15 @@ def main() -> None:
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("rest", nargs="*", help="options of `attnpred demo`, after --")
     args = parser.parse_args()
-    rows = []
+    # Rows of policies that are not asked for are kept.
+    rows = {row["policy"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     for policy in args.policies.split(","):
         # The oracle reads every key already; rows beside that would only slow it down.
         extra = ["--calibration", "0"] if policy in ("oracle", "streaming") else []
-        rows.append(run(["--policy", policy, *extra, *args.rest]))
-        print(json.dumps(rows[-1]), flush=True)
+        rows[policy] = run(["--policy", policy, *extra, *args.rest])
+        print(json.dumps(rows[policy]), flush=True)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Which layers and models can be served. What cannot is refused by name, before the first token."""
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from attnpred.errors import UnsupportedModelError
+
+UNDERSTOOD = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+"""Cache layers that hold plain keys and values, or none; by name, because older transformers do not have all of them."""
 
 
 def is_served(layer: object) -> bool:
@@ -23,7 +26,7 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
             f"got {name}, whose cache holds latent vectors, expected keys and values: run it without attnpred"
         )
     for layer in DynamicCache(config=config).layers:
-        if isinstance(layer, DynamicLayer) and type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+        if isinstance(layer, DynamicLayer) and type(layer).__name__ not in UNDERSTOOD:
             raise UnsupportedModelError(
                 f"got {name} with cache layers of type {type(layer).__name__}, which cannot be served: run it without attnpred"
             )

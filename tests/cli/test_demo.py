@@ -11,7 +11,6 @@ import pytest
 from attnpred.cli.main import main
 from attnpred.evaluation.comparison import demo_settings
 from attnpred.evaluation.facts import make_facts
-from attnpred.predictor.pretrained import shipped
 
 SMALL = ["--context", "1024", "--documents", "1", "--steps", "8", "--compression", "4"]
 KV_BYTES = 5 * 2 * 2 * 64 * 4  # of a token: layers, kv heads, keys and values, numbers of fp32
@@ -51,6 +50,7 @@ def assert_promised(result: dict[str, Any]) -> None:
     assert result["compression"] == result["full"]["read_bytes_per_step"] / result["predicted"]["read_bytes_per_step"]
 
 
+@pytest.mark.slow
 def test_json_has_every_promised_key_and_the_figures_agree(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "attention.png"
@@ -72,6 +72,7 @@ def test_json_has_every_promised_key_and_the_figures_agree(run: Run, tmp_path: P
     assert str(picture) in table and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_the_full_policy_compresses_nothing_and_answers_alike(run: Run) -> None:
     code, out, _ = run("--policy", "full", "--json")
     result = json.loads(out.splitlines()[-1])
@@ -81,13 +82,14 @@ def test_the_full_policy_compresses_nothing_and_answers_alike(run: Run) -> None:
     assert all(answer["full"] == answer["predicted"] for answer in result["answers"])
 
 
-@pytest.mark.skipif(not shipped(), reason="the shipped predictor is made by recipes/demo_predictor")
+@pytest.mark.slow
 def test_the_shipped_predictor_is_the_default_and_fits_the_demo_model(run: Run) -> None:
     code, out, err = run("--json")
     assert code == 0 and "no predictor was trained" not in err
     assert_promised(json.loads(out.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_a_text_of_ones_own_and_another_seed_are_used(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The old mill stood by the river. Nobody knew why, and nobody asked. " * 120, encoding="utf-8")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnpred.cli.main import main
 from attnpred.hf import DEMO_MODEL
-from attnpred.predictor.pretrained import Predictor, PredictorConfig, shipped
+from attnpred.predictor.pretrained import Predictor, PredictorConfig
 
 TEXT = " ".join(
     f"The {word} stood by the old mill, and nobody knew why." for word in "clock key ship lantern gate".split()
@@ -104,7 +104,6 @@ def test_a_text_that_is_not_utf8_is_read_all_the_same(run: Callable[..., tuple[i
     assert run("--policy", "ema", file=path)[0] == 0
 
 
-@pytest.mark.skipif(not shipped(), reason="the shipped predictor is made by recipes/demo_predictor")
 def test_the_shipped_predictor_is_the_default_and_fits_the_demo_model(run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = run(*SPARSE[2:], "--json")
     assert code == 0 and json.loads(out)["stats"]["total"]["sparse_steps"] == 5 * 11

@@ -207,6 +207,23 @@ def test_a_crop_to_before_the_beginning_empties_the_cache() -> None:
         torch.testing.assert_close(again, logits_of(model, attached.new_cache(), prompt(1, 70), prompt(1, 1)))
 
 
+def test_a_crop_forgets_what_was_seen_of_the_removed_blocks() -> None:
+    """A block that is filled again with other tokens must not be forecast by what the old ones were worth."""
+    model = tiny_model("llama")
+    with attnpred.attach(
+        model, policy="predicted", config=replace(SMALL, history=32), predictor=predictor()
+    ) as attached:
+        cache = attached.new_cache()
+        logits_of(model, cache, prompt(2, 96), *(prompt(2, 1, i) for i in range(2)))
+        cache.crop(-18)
+        logits_of(model, cache, prompt(2, 1, 9))
+        for _ in range(3):
+            logits_of(model, cache, prompt(2, 4, 9))
+    rows = cache.decoders[0].history.ordered()
+    assert rows.shape[3] == 24 and rows[:, :, :-13, :20].any()
+    assert not rows[:, :, :-13, 20:].any()
+
+
 def test_a_crop_to_a_length_is_refused() -> None:
     cache = TieredCache(tiny_model("llama").config, policy="ema", settings=SMALL)
     with pytest.raises(ConfigError, match=r"got crop\(3\), expected 0 or less"):

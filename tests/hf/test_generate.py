@@ -139,7 +139,12 @@ MODES: dict[str, tuple[str, attnpred.CacheConfig]] = {
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text"])
 def test_feature_gives_what_stock_generate_gives(family: str, feature: Callable[..., list[Any]]) -> None:
     model = tiny_model(family)
-    stock = feature(model, partial(DynamicCache, config=model.config))
+    try:
+        stock = feature(model, partial(DynamicCache, config=model.config))
+    except RuntimeError:
+        if feature is not assisted_by_an_attached_model or family == "llama":
+            raise
+        pytest.skip("this transformers has no drafts by models with sliding layers")
     assert len(str(stock)) > 30
     for mode, (policy, settings) in MODES.items():
         with attnpred.attach(model, policy=policy, config=settings, predictor=predictor()) as attached:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from attnpred import telemetry
 from attnpred.errors import UnsupportedModelError
 from attnpred.hf.cache import LAST_UPDATED
 from attnpred.kernels.dense import AttentionTerms, dense_attention
@@ -39,15 +38,12 @@ def attention(
         return _dense(module, query, key, value, attention_mask, dropout, terms, kwargs), None
     decoder = cache.decoder(index)
     is_dense_layer = index < cache.settings.dense_layers
-    if layer.is_sparse and not is_dense_layer:
+    if layer.is_sparse:  # then so are the layers that share its keys, for they come later
         allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0, -1]
         return decoder.step(query[:, :, 0], layer.pool, terms, allowed)[:, None], None
     if not layer.is_prompt:
-        reason = layer.reason or telemetry.DENSE_LAYER
-        decoder.counts.count_dense(reason, query.shape[2], layer.pool.length, layer.pool.bytes())
-    if layer.is_sparse:
-        # A dense layer that shares the keys of a sparse one: `update` returned too little for it.
-        key, value = layer.pool.view()
+        assert layer.reason is not None
+        decoder.counts.count_dense(layer.reason, query.shape[2], layer.pool.length, layer.pool.bytes())
     output = _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
     if not is_dense_layer:
         allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0]

@@ -28,5 +28,6 @@ class Predicted(Policy):
     def score(self, view: View) -> Tensor:
         rows, zone = view.history.ordered(), view.zone
         rows = torch.nn.functional.pad(rows, (0, zone.blocks - rows.shape[-1]))
-        scores = self.predictor(rows[..., zone.sinks : zone.first_recent])
+        device = next(self.predictor.parameters()).device  # layers may lie on several devices, the network lies on one
+        scores = self.predictor(rows[..., zone.sinks : zone.first_recent].to(device))
         return torch.nn.functional.pad(scores, (zone.sinks, zone.blocks - zone.first_recent))

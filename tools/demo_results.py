@@ -38,8 +38,8 @@ def main() -> None:
         extra = ["--calibration", "0"] if policy in ("oracle", "streaming") else []
         rows[policy] = run(["--policy", policy, *extra, *args.rest])
         print(json.dumps(rows[policy]), flush=True)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import typer
 
 
 def demo(
-    context: Annotated[int, typer.Option(min=1, help="Tokens of the book that are read.")] = 4096,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the book that are read.")] = 8192,
     compression: Annotated[float, typer.Option(help="How many times less KV is to be read per step, all told.")] = 13.0,
     policy: Annotated[str, typer.Option(help="Which policy chooses (see `attnpred info`).")] = "predicted",
     documents: Annotated[int, typer.Option(min=1, help="Texts with planted facts.")] = 5,

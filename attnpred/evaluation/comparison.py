@@ -24,7 +24,7 @@ from attnpred.policies.base import Policy, View
 class Plan:
     """What to run: `context` tokens, `documents` texts with `facts` each, `steps` tokens of continuation."""
 
-    context: int = 4096
+    context: int = 8192
     documents: int = 5
     facts: int = 4
     steps: int = 256

@@ -1,6 +1,6 @@
-"""Traces that a test can learn from, and one thread: the tensors here are too small to share."""
+"""Traces that a test can learn from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,14 +9,6 @@ from torch import Tensor
 
 from attnpred.predictor.traces import TraceMeta, TraceWriter
 from attnpred.shapes import num_blocks
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def causal(rows: Tensor, first: int, block_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""One thread: the models here are too small to share, and a second training may want the other core."""
+"""One thread for every test: the models and tensors here are too small to share."""
 
 from collections.abc import Iterator
 

@@ -4,7 +4,7 @@ One dense pass per document: the rows of its last T queries are the true attenti
 tokens, so nothing has to be decoded. The pass uses the ordinary cache with a policy that only remembers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -17,25 +17,60 @@ from attnpred import hf
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.policies.base import Policy, View
+from attnpred.predictor.memory import Columns, Memory
 from attnpred.predictor.trace_format import TraceMeta
 from attnpred.predictor.traces import TraceWriter
 
 
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What a dense pass showed: `rows` [layers, Hkv, T, N], `queries` [layers, Hq, T, D], `keys` [layers, Hkv, L, D].
+
+    layer_ids: the model's layers, in order. scale: of the logits.
+    """
+
+    rows: Tensor
+    queries: Tensor
+    keys: Tensor
+    layer_ids: tuple[int, ...]
+    scale: float
+
+
+@final
+class Recorder(Memory):
+    """Keeps rows, queries and keys of one call of one layer."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.taken = torch.empty(0)
+
+    def tables(self) -> Sequence[Columns]:
+        return ()
+
+    def push(self, rows: Tensor, attended: Tensor | None = None) -> None:
+        self.taken = rows
+
+    def watch(self, query: Tensor, keys: Tensor, scale: float) -> None:
+        self.query, self.keys, self.scale = query, keys, scale
+
+
 @final
 @dataclass(frozen=True, slots=True)
-class Remember(Policy):
-    """Keep every row that is shown; score nothing."""
+class Remember(Policy[Recorder]):
+    """Keep everything that is shown; score nothing."""
 
-    def state_rows(self, history: int) -> int:
-        return history
+    rows: int
 
-    def score(self, view: View) -> Tensor:
+    def memory(self, config: CacheConfig, layer: int) -> Recorder:
+        return Recorder(self.rows)
+
+    def score(self, view: View[Recorder]) -> Tensor:
         return torch.zeros(1, 1, view.zone.blocks)
 
 
 @torch.no_grad()
-def attention_trace(model: Any, tokens: Tensor, rows: int, block_size: int = 16) -> Tensor:
-    """Return the true attention [layers, Hkv, rows, N] of the last `rows` queries of `tokens` [1, L]: block maxima.
+def captured(model: Any, tokens: Tensor, rows: int, block_size: int = 16) -> Captured:
+    """Return the true attention of the last `rows` queries of `tokens` [1, L], and what it came from.
 
     Layers are the full-attention layers, in order.
     """
@@ -48,14 +83,28 @@ def attention_trace(model: Any, tokens: Tensor, rows: int, block_size: int = 16)
         dense_layers=0,
         dense_when_fits=False,
     )
-    with hf.attach(model, policy=Remember(), config=settings):
-        cache = hf.TieredCache(model.config, policy=Remember(), settings=settings)
+    policy = Remember(rows)
+    with hf.attach(model, policy=policy, config=settings):
+        cache = hf.TieredCache(model.config, policy=policy, settings=settings)
         # Layers that share another layer's keys may see no more queries than there are logits to keep.
         shares = getattr(cache.model_config, "num_kv_shared_layers", 0)
         model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=rows if shares else 1)
-    if any(decoder.history.count < rows for decoder in cache.decoders.values()):
+    layers = tuple(sorted(cache.decoders))
+    seen: list[Recorder] = [cache.decoders[layer].memory for layer in layers]
+    if any(memory.taken.shape[2] < rows for memory in seen):
         raise ConfigError(f"got a layer that saw fewer than {rows} queries, expected all of them: lower --rows")
-    return torch.stack([cache.decoders[i].history.ordered()[0] for i in sorted(cache.decoders)])
+    return Captured(
+        torch.stack([memory.taken[0] for memory in seen]),
+        torch.stack([memory.query[0] for memory in seen]),
+        torch.stack([memory.keys[0] for memory in seen]),
+        layers,
+        seen[0].scale,
+    )
+
+
+def attention_trace(model: Any, tokens: Tensor, rows: int, block_size: int = 16) -> Tensor:
+    """Return the true attention [layers, Hkv, rows, N] of the last `rows` queries of `tokens` [1, L]: block maxima."""
+    return captured(model, tokens, rows, block_size).rows
 
 
 def documents(name: str, text: str, tokenizer: Any, tokens: int) -> Iterator[tuple[str, Tensor]]:
@@ -97,17 +146,24 @@ def capture(
             count += 1
             if writer is not None and writer.has(name):
                 continue
-            trace = attention_trace(model, ids.to(model.device), rows, block_size)
+            trace = captured(model, ids.to(model.device), rows, block_size)
             if writer is None:
-                identity = hf.fingerprint(model.config)
-                writer = TraceWriter(
-                    out,
-                    TraceMeta(
-                        base_model, identity, block_size, trace.shape[0], trace.shape[1], rows, "attnpred capture"
-                    ),
+                meta = TraceMeta(
+                    base_model=base_model,
+                    fingerprint=hf.fingerprint(model.config),
+                    block_size=block_size,
+                    layers=trace.rows.shape[0],
+                    heads=trace.rows.shape[1],
+                    rows=rows,
+                    created_by="attnpred capture",
+                    query_heads=trace.queries.shape[1],
+                    head_dim=trace.queries.shape[3],
+                    layer_ids=" ".join(map(str, trace.layer_ids)),
+                    scale=trace.scale,
                 )
+                writer = TraceWriter(out, meta)
             if not writer.has(name):
-                writer.add(name, trace, tokens - rows)
+                writer.add(name, trace.rows, tokens - rows, trace.queries, trace.keys)
     if count == 0:
         raise ConfigError(
             f"got no text of at least {tokens} tokens, expected one: give longer files, or lower --tokens"

@@ -22,6 +22,10 @@ class CacheConfig:
     history: H, rows of past attention a policy may look at.
     calibration_interval: every this many decode steps the history gets a dense row, which reads all keys; 0 is never.
     dense_layers: the first layers, which stay dense.
+    late_share: how much of a selection may be blocks that the forecast missed and the query of the step asks for: they
+        have to be fetched late. 0 keeps to the forecast; None is for a cache that lies in fast memory altogether, where
+        nothing comes late and a policy that can correct chooses all blocks with the query. For policies that correct.
+    hysteresis: added to the scores of the blocks attended last, so that fewer blocks change (units of the policy's score).
     per_query_head: select for each query head instead of once per kv head (as the authors' code does; reads more).
     strict: raise `NotSparseError` where a decode step falls back to dense attention.
     measure_recovery: also compute the true attention of every step, for `stats()`; slow, for evaluation.
@@ -35,6 +39,8 @@ class CacheConfig:
     history: int = 64
     calibration_interval: int = 5
     dense_layers: int = 2
+    late_share: float | None = None
+    hysteresis: float = 0.0
     per_query_head: bool = False
     strict: bool = False
     measure_recovery: bool = False
@@ -58,6 +64,11 @@ class CacheConfig:
                     f"got {name}={getattr(self, name)}, expected a multiple of block_size={self.block_size}: change one of the two"
                 )
         self._check_budget()
+        late, stays = self.late_share, self.hysteresis
+        if late is not None and (isinstance(late, bool) or not isinstance(late, int | float) or not 0 <= late <= 1):
+            raise ConfigError(f"got late_share={late!r}, expected a share from 0 to 1, or None")
+        if isinstance(stays, bool) or not isinstance(stays, int | float) or not 0 <= stays < math.inf:
+            raise ConfigError(f"got hysteresis={stays!r}, expected a number of at least 0")
 
     def _check_budget(self) -> None:
         budget = self.budget

@@ -1,16 +1,17 @@
 """The decode step of one attention layer: select, attend, remember, forecast. Knows nothing of any framework above torch.
 
-    step t:  1. blocks: the forecast made at t-1 (or, for a policy that needs the query, made now)
+    step t:  1. blocks: the forecast made at t-1; a policy that needs the query, or corrects with it, (re)scores them now
              2. `sparse_decode` over them: output and block maxima
-             3. the maxima, spread over the columns of all blocks, become the next row of the history; every
+             3. the maxima, spread over the columns of all blocks, become the next row of the memory; every
                 `calibration_interval` steps the row is the true one, computed from all keys
              4. the policy scores the blocks for a context of one token more; the selection waits for t+1
 
-A call of several tokens (prompt, chunk of a prompt, second turn, verification of drafted tokens) is dense; its last H
-queries seed the history (`observe`), and the forecast follows from there.
+A call of several tokens (prompt, chunk of a prompt, second turn, verification of drafted tokens) is dense; its last rows
+seed the memory (`observe`), and the forecast follows from there.
 """
 
-from typing import final
+from collections.abc import Callable
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -19,26 +20,27 @@ from attnpred.config import CacheConfig
 from attnpred.kernels.dense import AttentionTerms, attention_rows, pool_blocks, probabilities
 from attnpred.kernels.torch import sparse_decode
 from attnpred.policies.base import Policy, View
-from attnpred.policies.select import Zone, select_blocks, zone_at
-from attnpred.predictor.history import History
+from attnpred.policies.select import Zone, limit_late, select_blocks, zone_at
 from attnpred.store.pool import BlockPool
 from attnpred.telemetry import LayerCounts
 
 
 @final
 class LayerDecoder:
-    """State and step of one attention layer: history, pending selection, counters."""
+    """State and step of one attention layer: memory, pending selection, counters."""
 
-    def __init__(self, config: CacheConfig, policy: Policy, counts: LayerCounts) -> None:
-        self.config, self.policy, self.counts = config, policy, counts
-        self.rows = policy.state_rows(config.history)
-        self.history = History(max(1, self.rows))
+    def __init__(self, config: CacheConfig, policy: Policy[Any], counts: LayerCounts, layer: int = 0) -> None:
+        self.config, self.policy, self.counts, self.layer = config, policy, counts, layer
+        self.memory: Any = policy.memory(config, layer)
+        self.corrects = policy.needs_query or (policy.corrects and config.late_share != 0)
+        self.forecasts = not policy.needs_query and not (policy.corrects and config.late_share is None)
         self.clear()
 
     def clear(self) -> None:
         """Forget the sequence."""
-        self.history.clear()
+        self.memory.clear()
         self.pending: tuple[Zone, Tensor] | None = None
+        self.attended: tuple[Zone, Tensor] | None = None
         self.first_block: Tensor | None = None
         self.steps = 0
 
@@ -56,10 +58,13 @@ class LayerDecoder:
         if prompt:
             self.steps = 0
         self._note_padding(mask)
+        self.pending = self.attended = None
         if self.policy.is_dense or self.fits(pool.length + self.config.history):
             return
-        if self.rows:
-            recent = min(query.shape[2], self.rows if self.rows > 1 else self.config.history)
+        self._seal(pool)
+        selecting = self._selecting(query, pool)
+        if self.memory.rows:
+            recent = min(query.shape[2], self.memory.rows)
             keys, _ = pool.view()
             rows = attention_rows(
                 query[:, :, -recent:],
@@ -67,9 +72,12 @@ class LayerDecoder:
                 terms,
                 None if mask is None else mask[:, -recent:],
                 block_size=self.config.block_size,
-                selecting=self._selecting(query, pool),
+                selecting=selecting,
             )
-            self.policy.push(self.history, rows)
+            self.memory.push(rows)
+            self.memory.watch(query[:, :, -recent:], keys, terms.scale)
+        if self.forecasts:
+            self.memory.look(query[:, :, -1], terms.scale, selecting)
         self._forecast(query, pool)
 
     def step(self, query: Tensor, pool: BlockPool, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
@@ -77,10 +85,16 @@ class LayerDecoder:
 
         Returns [B, Hq, D].
         """
-        if self.policy.needs_query or self.pending is None or self.pending[0].length != pool.length:
-            self._select(query, pool, zone_at(self.config, pool.length), terms, mask)
-        assert self.pending is not None
-        zone, selection = self.pending
+        selecting = self._selecting(query, pool)
+        zone = zone_at(self.config, pool.length)
+        self._seal(pool)
+        is_current = self.corrects or self.pending is None or self.pending[0].length != pool.length
+        if is_current:
+            self.memory.look(query, terms.scale, selecting)
+            selection = self._select(query, pool, zone, terms, mask)
+        else:
+            assert self.pending is not None
+            selection = self.pending[1]
         output, maxima, _ = sparse_decode(
             query,
             pool.keys,
@@ -95,12 +109,21 @@ class LayerDecoder:
         )
         self._count(query, pool, zone, selection, terms, mask)
         self.steps += 1
-        if self.rows:
-            self.policy.push(self.history, self._row(query, pool, zone, selection, maxima, terms, mask)[:, :, None])
+        self.attended = zone, selection
+        if not is_current:
+            self.memory.look(query, terms.scale, selecting)
+        if self.memory.rows:
+            self._push(query, pool, zone, selection, maxima, terms, mask)
         self._forecast(query, pool)
         return output
 
-    def _row(
+    def _seal(self, pool: BlockPool) -> None:
+        """Show the memory the keys of blocks that have become full."""
+        sealed, full = self.memory.sealed, pool.length // pool.block_size
+        if 0 <= sealed < full:
+            self.memory.seal(pool.keys[:, :, sealed * pool.block_size : full * pool.block_size])
+
+    def _push(
         self,
         query: Tensor,
         pool: BlockPool,
@@ -109,45 +132,53 @@ class LayerDecoder:
         maxima: Tensor,
         terms: AttentionTerms,
         mask: Tensor | None,
-    ) -> Tensor:
-        """Return this step's history row [B, Hs, N]: true every `calibration_interval` steps, else what was attended."""
+    ) -> None:
+        """Give the memory this step's row: true every `calibration_interval` steps, else what was attended."""
         interval = self.config.calibration_interval
         if interval and self.steps % interval == 0:
             self.counts.calibration_bytes += pool.key_bytes()
             every = None if mask is None else mask[:, None]
             keys, _ = pool.view()
-            selecting = selection.shape[1]
-            return attention_rows(
-                query[:, :, None], keys, terms, every, block_size=pool.block_size, selecting=selecting
-            )[:, :, 0]
-        row = maxima.new_zeros(*selection.shape[:2], zone.blocks + 1)
-        # Column `blocks` takes what id -1 (no block) would write.
-        row.scatter_(2, selection.masked_fill(selection < 0, zone.blocks), maxima)
-        return row[..., : zone.blocks]
+            rows = attention_rows(
+                query[:, :, None], keys, terms, every, block_size=pool.block_size, selecting=selection.shape[1]
+            )
+            return self.memory.push(rows)
+        self.memory.push_attended(selection, maxima, zone.blocks)
 
     def _forecast(self, query: Tensor, pool: BlockPool) -> None:
         """Choose the blocks of the next token, from the past alone."""
         self.pending = None
-        if not self.policy.needs_query:
-            zone = zone_at(self.config, pool.length + 1)
-            if not (self.config.dense_when_fits and zone.covers_all):
-                self._select(query, pool, zone, None, None)
+        zone = zone_at(self.config, pool.length + 1)
+        if self.forecasts and not (self.config.dense_when_fits and zone.covers_all):
+            self.pending = zone, self._select(query, pool, zone, None, None)
 
     def _select(
         self, query: Tensor, pool: BlockPool, zone: Zone, terms: AttentionTerms | None, mask: Tensor | None
-    ) -> None:
+    ) -> Tensor:
+        """Return the selection for `zone`: of the present step if `terms` are given, else of the next."""
+
         def block_mass() -> Tensor:
             assert terms is not None
             self.counts.calibration_bytes += pool.key_bytes()
             mass = self._true_mass(query, pool, terms, mask)
             return mass.unflatten(1, (self._selecting(query, pool), -1)).sum(2)
 
-        if self.rows and self.history.count == 0:
+        if self.memory.is_empty:
             scores = torch.zeros(1, 1, zone.blocks, device=query.device)
         else:
-            scores = self.policy.score(View(self.history, zone, block_mass))
+            scores = self.policy.score(View(self.memory, zone, self.layer, terms is not None, block_mass))
         scores = scores.to(query.device).expand(query.shape[0], self._selecting(query, pool), -1)
-        self.pending = zone, select_blocks(scores, zone, self.first_block)
+        if self.config.hysteresis and self.attended is not None:
+            last = self.attended[1].clamp_min(0)
+            scores = scores.scatter_add(2, last, torch.full_like(last, self.config.hysteresis, dtype=scores.dtype))
+        if terms is not None and self.pending is not None and self.config.late_share is not None:
+            forecast = self.pending[1][..., zone.sinks : zone.sinks + zone.free]
+            size = self.pending[1].shape[2]
+            scores = limit_late(scores, zone, forecast, int(self.config.late_share * size + 1e-6))
+            selection = select_blocks(scores, zone, self.first_block)
+            self.counts.count_late(selection[..., zone.sinks : zone.sinks + zone.free], forecast, size)
+            return selection
+        return select_blocks(scores, zone, self.first_block)
 
     def _true_mass(self, query: Tensor, pool: BlockPool, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
         keys, _ = pool.view()
@@ -180,23 +211,25 @@ class LayerDecoder:
 
     def crop(self, length: int) -> None:
         """Tokens from `length` on were removed."""
-        self.history.crop(-(-length // self.config.block_size))
-        self.pending = None
+        self.memory.crop(-(-length // self.config.block_size))
+        self.pending = self.attended = None
 
     def select(self, rows: Tensor) -> None:
         """Make the batch `rows` of the old one (beams)."""
-        self.history.select(rows)
+        self.memory.select(rows)
         if self.first_block is not None:
             self.first_block = self.first_block[rows.to(self.first_block.device)]
-        if self.pending is not None:
-            zone, selection = self.pending
-            self.pending = zone, selection[rows.to(selection.device)]
+        self._map_selections(lambda selection: selection[rows.to(selection.device)])
 
     def repeat(self, times: int) -> None:
         """Repeat each batch row `times` times."""
-        self.history.repeat(times)
+        self.memory.repeat(times)
         if self.first_block is not None:
             self.first_block = self.first_block.repeat_interleave(times, 0)
+        self._map_selections(lambda selection: selection.repeat_interleave(times, 0))
+
+    def _map_selections(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.pending is not None:
-            zone, selection = self.pending
-            self.pending = zone, selection.repeat_interleave(times, 0)
+            self.pending = self.pending[0], change(self.pending[1])
+        if self.attended is not None:
+            self.attended = self.attended[0], change(self.attended[1])

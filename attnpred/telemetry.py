@@ -34,6 +34,8 @@ class LayerCounts:
     recovery: Tensor | float = 0.0
     best: Tensor | float = 0.0
     measured: int = 0
+    late: Tensor | float = 0.0
+    chosen: int = 0
 
     def count_sparse(self, context: int, attended: int, blocks: int, read: int, full: int) -> None:
         """Count one sparse step."""
@@ -61,6 +63,15 @@ class LayerCounts:
         self.best = self.best + best.mean()
         self.measured += 1
 
+    def count_late(self, chosen: Tensor, forecast: Tensor, size: int) -> None:
+        """Count the blocks [B, Hs, F] that a correction added to those of the forecast, [B, Hs, F']; -1 is no block.
+
+        size: blocks of a selection, sinks and recent window included.
+        """
+        missed = (chosen[..., None] != forecast[..., None, :]).all(-1) & (chosen >= 0)
+        self.late = self.late + missed.sum()
+        self.chosen += chosen.shape[0] * chosen.shape[1] * size
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, averages per decode step."""
         steps = max(1, self.steps)
@@ -78,6 +89,8 @@ class LayerCounts:
             "dense": dict(self.dense),
             "fallbacks": sum(self.dense.get(reason, 0) for reason in FALLBACKS),
         }
+        if self.chosen:
+            result["late_share"] = float(self.late) / self.chosen
         if self.measured:
             recovery, best = float(self.recovery) / self.measured, float(self.best) / self.measured
             result |= {"attention_recovery": recovery, "recovery_ratio": recovery / best}
@@ -90,7 +103,7 @@ def total(layers: list[LayerCounts]) -> LayerCounts:
     for layer in layers:
         for name in ("steps", "sparse_steps", "context_tokens", "tokens_attended", "blocks_selected", "bytes_read"):
             setattr(result, name, getattr(result, name) + getattr(layer, name))
-        for name in ("calibration_bytes", "full_bytes", "recovery", "best", "measured"):
+        for name in ("calibration_bytes", "full_bytes", "recovery", "best", "measured", "late", "chosen"):
             setattr(result, name, getattr(result, name) + getattr(layer, name))
         for reason, count in layer.dense.items():
             result.dense[reason] = result.dense.get(reason, 0) + count

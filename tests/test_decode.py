@@ -12,7 +12,7 @@ import torch
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.kernels.dense import AttentionTerms
-from attnpred.policies import Predicted
+from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.store.pool import BlockPool
 from attnpred.telemetry import LayerCounts
@@ -87,7 +87,7 @@ def test_step_equals_the_simulation(per_query_head: bool) -> None:
     )
     groups = [[h] for h in range(HEADS)] if per_query_head else [[0, 1], [2, 3]]
     simulation = Simulation(predictor.network, groups)
-    decoder, pool = LayerDecoder(config, Predicted(predictor), LayerCounts()), BlockPool(P)
+    decoder, pool = LayerDecoder(config, PaperForecast(predictor), LayerCounts()), BlockPool(P)
     terms = AttentionTerms(SCALE)
 
     pool.append(keys[None, :, :PROMPT], values[None, :, :PROMPT])
@@ -118,7 +118,7 @@ def test_counters_are_the_block_arithmetic() -> None:
         budget=BUDGET, block_size=P, num_sink_tokens=SINK, recent_window=RECENT, history=H, calibration_interval=M
     )
     decoder, pool = (
-        LayerDecoder(config, Predicted(Predictor(PredictorConfig(block_size=P))), LayerCounts()),
+        LayerDecoder(config, PaperForecast(Predictor(PredictorConfig(block_size=P))), LayerCounts()),
         BlockPool(P),
     )
     terms = AttentionTerms(SCALE)
@@ -168,13 +168,17 @@ def test_recovery_of_the_best_selection_is_one_and_of_a_poor_one_less() -> None:
 def test_history_begins_before_the_context_outgrows_the_budget() -> None:
     config = CacheConfig(budget=64, block_size=P, num_sink_tokens=SINK, recent_window=RECENT, history=H)
     decoder, pool = (
-        LayerDecoder(config, Predicted(Predictor(PredictorConfig(block_size=P))), LayerCounts()),
+        LayerDecoder(config, PaperForecast(Predictor(PredictorConfig(block_size=P))), LayerCounts()),
         BlockPool(P),
     )
     pool.append(torch.randn(1, 2, 20, DIM), torch.randn(1, 2, 20, DIM))
     decoder.observe(torch.randn(1, 4, 20, DIM), pool, AttentionTerms(1.0), None, prompt=True)
-    assert decoder.history.count == 0
+    assert decoder.memory.is_empty
     while decoder.fits(pool.length + 1):
         pool.append(torch.randn(1, 2, 1, DIM), torch.randn(1, 2, 1, DIM))
         decoder.observe(torch.randn(1, 4, 1, DIM), pool, AttentionTerms(1.0), None, prompt=False)
-    assert decoder.history.count == H and decoder.pending is not None and decoder.pending[0].length == pool.length + 1
+    assert (
+        decoder.memory.history.count == H
+        and decoder.pending is not None
+        and decoder.pending[0].length == pool.length + 1
+    )

@@ -16,6 +16,7 @@ import typer
 
 from attnpred.cli.capture import capture
 from attnpred.cli.demo import demo
+from attnpred.cli.eval import evaluate
 from attnpred.cli.generate import generate
 from attnpred.cli.info import info
 from attnpred.cli.train import train
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "capture": capture,
     "train": train,
+    "eval": evaluate,
     "info": info,
 }
 

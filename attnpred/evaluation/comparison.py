@@ -18,6 +18,7 @@ from attnpred.errors import ConfigError
 from attnpred.evaluation import facts_task
 from attnpred.evaluation.continuation import Continuation, continue_text
 from attnpred.policies.base import Policy, View
+from attnpred.policies.select import zone_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,25 +117,30 @@ def _row(correct: int, total: int, continued: Continuation, stats: dict[str, Any
 
 
 def _measure(
-    model: Any, tokenizer: Any, tokens: Tensor, plan: Plan, policy: Policy, settings: CacheConfig
+    model: Any, tokenizer: Any, tokens: Tensor, plan: Plan, policy: Policy[Any], settings: CacheConfig
 ) -> tuple[dict[str, Any], HeadOverTime | None]:
     """Run again with the true attention computed beside each step: recovery, and the picture of one head."""
     watched = hf.make_settings(settings, {"measure_recovery": True})
-    # The forecasts made after steps 0, 1, ... are for the queries from `context` + 1 on.
+    # The first forecast is made after the first step, so the picture begins with the query after it.
     true = attention_trace(model, tokens.to(model.device), plan.steps - 1, settings.block_size)
     layer, head = _busiest_head(true, settings)
     scores: list[Tensor] = []
     chosen: list[Tensor] = []
+    forecasts: list[Tensor] = []
     with hf.attach(model, policy=policy, config=watched) as attached:
         cache = attached.new_cache()
 
         def watch(step: int) -> None:
             decoder = cache.decoders[sorted(cache.decoders)[layer]]
-            if decoder.pending is not None and decoder.rows:
-                zone, selection = decoder.pending
-                found = decoder.policy.score(View(decoder.history, zone)).expand(1, selection.shape[1], -1)[0, head]
-                scores.append(found[: true.shape[3]])
+            if decoder.attended is None or not decoder.memory.rows:
+                return
+            zone, selection = decoder.attended
+            if forecasts:
+                scores.append(forecasts[-1])
                 chosen.append(torch.zeros(true.shape[3]).scatter_(0, selection[0, head].clamp_min(0), 1.0))
+            view = View(decoder.memory, zone_at(settings, zone.length + 1), decoder.layer)
+            found = decoder.policy.score(view).expand(1, selection.shape[1], -1)[0, head]
+            forecasts.append(found[: true.shape[3]])
 
         continue_text(model, tokenizer, tokens, plan.context, cache, watch)
         stats = cache.stats()["total"]
@@ -143,7 +149,9 @@ def _measure(
         return measured, None
     forecast = torch.nn.utils.rnn.pad_sequence([x.cpu().float() for x in scores], batch_first=True)
     forecast = torch.nn.functional.pad(forecast, (0, true.shape[3] - forecast.shape[1]))
-    return measured, HeadOverTime(layer, head, true[layer, head].cpu(), forecast, torch.stack(chosen).bool())
+    return measured, HeadOverTime(
+        layer, head, true[layer, head, : len(scores)].cpu(), forecast, torch.stack(chosen).bool()
+    )
 
 
 def _busiest_head(true: Tensor, settings: CacheConfig) -> tuple[int, int]:

@@ -47,7 +47,7 @@ class TieredCache(Cache):
         self,
         config: PreTrainedConfig,
         *,
-        policy: str | Policy = "predicted",
+        policy: str | Policy[Any] = "predicted",
         settings: CacheConfig | None = None,
         predictor: Predictor | str | Path | None = None,
         **overrides: Any,
@@ -68,7 +68,7 @@ class TieredCache(Cache):
     def decoder(self, index: int) -> LayerDecoder:
         """Return the decoder of attention layer `index`, made at its first use."""
         if index not in self.decoders:
-            self.decoders[index] = LayerDecoder(self.settings, self.policy, telemetry.LayerCounts())
+            self.decoders[index] = LayerDecoder(self.settings, self.policy, telemetry.LayerCounts(), index)
         return self.decoders[index]
 
     @property

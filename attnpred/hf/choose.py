@@ -10,6 +10,7 @@ from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
+from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.policies.predicted import Predicted
 from attnpred.predictor.pretrained import Predictor, shipped
 
@@ -33,8 +34,8 @@ def fingerprint(config: PreTrainedConfig) -> str:
 
 
 def make_policy(
-    policy: str | Policy, predictor: Predictor | str | Path | None, config: PreTrainedConfig, settings: CacheConfig
-) -> Policy:
+    policy: str | Policy[Any], predictor: Predictor | str | Path | None, config: PreTrainedConfig, settings: CacheConfig
+) -> Policy[Any]:
     """Return the policy of that name; `predicted` gets the given predictor, or the shipped one that fits best."""
     if isinstance(policy, Policy):
         return policy
@@ -42,24 +43,30 @@ def make_policy(
         raise ConfigError(f"got policy {policy!r}, expected one of {', '.join(POLICIES)}")
     if policy != "predicted":
         return POLICIES[policy]()
-    if not isinstance(predictor, Predictor):
-        predictor = Predictor.from_pretrained(predictor) if predictor is not None else _shipped_predictor(config)
-    predictor.require(settings.block_size)
-    return Predicted(predictor)
+    chosen = _predictor(predictor, config)
+    chosen.require(settings.block_size)
+    return Predicted(chosen) if chosen.config.kind == "streaming" else PaperForecast(chosen)
 
 
-def _shipped_predictor(config: PreTrainedConfig) -> Predictor:
-    available = [Predictor.from_pretrained(path) for path in shipped().values()]
-    fitting = [p for p in available if p.config.fingerprint == fingerprint(config)]
-    if fitting:
-        return fitting[0]
-    if not available:
-        raise ConfigError(
-            "got no predictor, and none is shipped: train one (attnpred capture, attnpred train) and pass predictor="
-        )
-    logger.warning(
-        "no predictor was trained for this %s model: using the one of %s; `attnpred train` makes your own",
-        config.model_type,
-        available[0].config.base_model,
+def _predictor(predictor: Predictor | str | Path | None, config: PreTrainedConfig) -> Predictor:
+    """Return the given predictor, the shipped one of that name, or the shipped one that fits the model best."""
+    if isinstance(predictor, Predictor):
+        return predictor
+    available = shipped()
+    if predictor is not None:
+        return Predictor.from_pretrained(available.get(str(predictor), predictor))
+    candidates = [Predictor.from_pretrained(path) for path in available.values()]
+    candidates = [candidate for candidate in candidates if candidate.config.kind == "streaming"]
+    for candidate in candidates:
+        if candidate.config.fingerprint == fingerprint(config):
+            return candidate
+    for candidate in candidates:
+        if not candidate.config.layers:
+            logger.warning(
+                "no predictor was trained for this %s model: using the general one; `attnpred train` makes your own",
+                config.model_type,
+            )
+            return candidate
+    raise ConfigError(
+        "got no general predictor among those shipped: train one (attnpred capture, attnpred train) and pass predictor="
     )
-    return available[0]

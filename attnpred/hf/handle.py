@@ -19,6 +19,7 @@ from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.choose import make_policy, make_settings
 from attnpred.hf.support import is_served, refuse_unsupported
 from attnpred.policies.base import Policy
+from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.policies.predicted import Predicted
 from attnpred.predictor.pretrained import Predictor
 
@@ -125,7 +126,7 @@ def attach(
     model: PreTrainedModel,
     budget: int | float | None = None,
     *,
-    policy: str | Policy = "predicted",
+    policy: str | Policy[Any] = "predicted",
     config: CacheConfig | None = None,
     predictor: Predictor | str | Path | None = None,
     **overrides: Any,
@@ -154,7 +155,7 @@ def attach(
     settings = make_settings(config, overrides)
     refuse_unsupported(model.config)
     chosen = make_policy(policy, predictor, model.config, settings)
-    if isinstance(chosen, Predicted):
+    if isinstance(chosen, Predicted | PaperForecast):
         chosen.predictor.to(model.device)
     if not any(is_served(layer) for layer in DynamicCache(config=model.config).layers):
         why = f"{model.config.model_type} has no full-attention layer: there is nothing to compress"

@@ -25,14 +25,14 @@ def sparse_decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of one query per row over selected blocks.
 
-    query [B, Hq, D]; keys, values [B, Hkv, >= N * P, D]; selection [B, Hs, K] of block ids, -1 for none, none twice;
-    sinks [Hq] logits; mask [B, >= length], True where attention is allowed.
-    Returns output [B, Hq, D]; block maxima [B, Hs, K], the largest probability in each selected block over the query
+    query [B, Hq, D]; keys [B, Hkv, >= N * P, D], values [..., Dv]; selection [B, Hs, K] of block ids, -1 for none, none
+    twice; sinks [Hq] logits; mask [B, >= length], True where attention is allowed.
+    Returns output [B, Hq, Dv]; block maxima [B, Hs, K], the largest probability in each selected block over the query
     heads that share it; log-sum-exp [B, Hq].
     """
     batch, heads, _ = query.shape
     kv_heads, selecting, chosen = keys.shape[1], selection.shape[1], selection.shape[2]
-    output = torch.zeros(query.shape, dtype=torch.float32)
+    output = torch.zeros(batch, heads, values.shape[3], dtype=torch.float32)
     maxima = torch.zeros(selection.shape, dtype=torch.float32)
     normaliser = torch.zeros(batch, heads, dtype=torch.float32)
     for b in range(batch):

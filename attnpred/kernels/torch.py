@@ -51,6 +51,6 @@ def sparse_decode(
     if sinks is not None:
         normaliser = torch.logaddexp(normaliser, sinks.float().view(1, selecting, -1))
     probabilities = torch.exp(logits - normaliser[..., None])
-    output = (probabilities @ v).view(batch, heads, dim).to(query.dtype)
+    output = (probabilities @ v).view(batch, heads, -1).to(query.dtype)
     maxima = probabilities.unflatten(-1, (chosen, block_size)).amax(-1).amax(2)
     return output, maxima, normaliser.view(batch, heads)

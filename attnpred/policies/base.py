@@ -1,45 +1,63 @@
 """What a policy is: it scores blocks. Everything else (top-k, sinks, recent window, budget, state) belongs to others.
 
-A policy is a frozen dataclass of its hyper-parameters; it holds no state of a sequence. What it remembers is a `History`
-of `state_rows` rows, which the decode step owns, feeds with `push` and shows in a `View`.
+A policy is a frozen dataclass of its hyper-parameters and trained weights; it holds no state of a sequence. What it
+remembers of a layer is a `Memory` that it makes, that the decode step owns and feeds, and that it is shown in a `View`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
+from attnpred.config import CacheConfig
 from attnpred.policies.select import Zone
-from attnpred.predictor.history import History
+from attnpred.predictor.memory import Memory, NoMemory
+
+M = TypeVar("M", bound=Memory)
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """What a policy may look at. `block_mass` computes the step's true attention per block, [B, Hs, N]: evaluation only."""
+class View(Generic[M]):
+    """What a policy may look at.
 
-    history: History
+    layer: index in the model. is_current: the query that the memory has looked at last is the one that will attend;
+    otherwise it is the one before. block_mass: computes the step's true attention per block, [B, Hs, N]: evaluation only.
+    """
+
+    memory: M
     zone: Zone
+    layer: int = 0
+    is_current: bool = False
     block_mass: Callable[[], Tensor] | None = None
 
 
-class Policy(ABC):
+class Policy(ABC, Generic[M]):
     """Interface; concrete policies are final."""
 
     needs_query: ClassVar[bool] = False
-    """The selection is made inside the step, from its own query, so nothing can be prefetched."""
+    """Every selection is made inside the step, from its own query, so nothing can be prefetched."""
+    corrects: ClassVar[bool] = False
+    """A forecast made before the step can be corrected inside it, from its own query."""
     is_dense: ClassVar[bool] = False
     """Every step attends to everything."""
 
-    def state_rows(self, history: int) -> int:
-        """Return how many rows of history this policy keeps; 0 means that it needs no attention row at all."""
-        return 0
-
-    def push(self, history: History, rows: Tensor) -> None:
-        """Take in new rows [B, Hs, R, N], oldest first."""
-        history.push(rows)
+    def memory(self, config: CacheConfig, layer: int) -> Memory:
+        """Return an empty memory for layer `layer` of the model."""
+        return NoMemory()
 
     @abstractmethod
-    def score(self, view: View) -> Tensor:
+    def score(self, view: View[M]) -> Tensor:
         """Return scores [B, Hs, N], higher is kept; only blocks between sinks and recent window matter."""
+
+
+def placed(scores: Tensor, zone: Zone) -> Tensor:
+    """Return [B, Hs, N] from scores of the blocks between sinks and recent window."""
+    return torch.nn.functional.pad(scores, (zone.sinks, zone.blocks - zone.first_recent))
+
+
+def widened(row: Tensor, zone: Zone) -> Tensor:
+    """Return [B, Hs, N] from a row that may know fewer blocks."""
+    return torch.nn.functional.pad(row, (0, max(0, zone.blocks - row.shape[-1])))[..., : zone.blocks]

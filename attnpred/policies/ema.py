@@ -6,17 +6,17 @@ The published CNN, once trained, behaves much like a recency-weighted average pe
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
+from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
-from attnpred.policies.base import Policy, View
-from attnpred.predictor.history import History
+from attnpred.policies.base import Policy, View, widened
+from attnpred.predictor.average import Average
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Ema(Policy):
+class Ema(Policy[Average]):
     """Score a block by state <- (1 - rate) * state + rate * row; blocks outside the selection count as zero."""
 
     rate: float = 0.2
@@ -25,13 +25,8 @@ class Ema(Policy):
         if not 0 < self.rate <= 1:
             raise ConfigError(f"got rate={self.rate!r}, expected above 0 and up to 1")
 
-    def state_rows(self, history: int) -> int:
-        return 1
+    def memory(self, config: CacheConfig, layer: int) -> Average:
+        return Average(1 - self.rate, self.rate, config.history)
 
-    def push(self, history: History, rows: Tensor) -> None:
-        for row in rows.unbind(2):
-            history.blend(row, self.rate)
-
-    def score(self, view: View) -> Tensor:
-        row = view.history.last()
-        return torch.nn.functional.pad(row, (0, view.zone.blocks - row.shape[-1]))
+    def score(self, view: View[Average]) -> Tensor:
+        return widened(view.memory.row.view(), view.zone)

@@ -6,14 +6,15 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from attnpred.policies.base import Policy, View
+from attnpred.predictor.memory import NoMemory
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Full(Policy):
+class Full(Policy[NoMemory]):
     """Attend to everything."""
 
     is_dense: ClassVar[bool] = True
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: View[NoMemory]) -> Tensor:
         raise AssertionError("a dense policy is never asked to score")

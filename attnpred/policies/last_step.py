@@ -3,20 +3,20 @@
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
-from attnpred.policies.base import Policy, View
+from attnpred.config import CacheConfig
+from attnpred.policies.base import Policy, View, widened
+from attnpred.predictor.average import Average
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class LastStep(Policy):
+class LastStep(Policy[Average]):
     """Score a block by its largest probability in the last row."""
 
-    def state_rows(self, history: int) -> int:
-        return 1
+    def memory(self, config: CacheConfig, layer: int) -> Average:
+        return Average(0.0, 1.0, 1)
 
-    def score(self, view: View) -> Tensor:
-        row = view.history.last()
-        return torch.nn.functional.pad(row, (0, view.zone.blocks - row.shape[-1]))
+    def score(self, view: View[Average]) -> Tensor:
+        return widened(view.memory.row.view(), view.zone)

@@ -6,15 +6,16 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from attnpred.policies.base import Policy, View
+from attnpred.predictor.memory import NoMemory
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Oracle(Policy):
+class Oracle(Policy[NoMemory]):
     """Score a block by the probability mass that the current query really puts on it."""
 
     needs_query: ClassVar[bool] = True
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: View[NoMemory]) -> Tensor:
         assert view.block_mass is not None
         return view.block_mass()

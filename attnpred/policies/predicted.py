@@ -1,33 +1,39 @@
-"""`predicted`: AttentionPredictor (arXiv 2502.04077). A small network forecasts the next row from the last H rows.
+"""`predicted`: forecast and correction from a few numbers per block (`attnpred.predictor.streaming`).
 
-Sink and recent columns are cut off before the network sees the history, as published: they are kept anyway, and their
-large values would drown the rest.
+The forecast is made before the query is known, so all of it can be prefetched. The correction scores the blocks again with
+the query of the step and the resident digests; `CacheConfig.late_share` says how much of it may be used.
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from attnpred.policies.base import Policy, View
+from attnpred.config import CacheConfig
+from attnpred.policies.base import Policy, View, placed
 from attnpred.predictor.pretrained import Predictor
+from attnpred.predictor.streaming import Stream
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Predicted(Policy):
-    """Score a block by the predictor's forecast of its next value."""
+class Predicted(Policy[Stream]):
+    """Score a block by its digest, its past attention and its distance, with trained weights."""
 
     predictor: Predictor
+    corrects: ClassVar[bool] = True
 
-    def state_rows(self, history: int) -> int:
-        return history
+    def memory(self, config: CacheConfig, layer: int) -> Stream:
+        place = self.predictor.place(layer)
+        return Stream(config.block_size, self.predictor.streaming.digest_map(place), config.history)
 
     @torch.no_grad()
-    def score(self, view: View) -> Tensor:
-        rows, zone = view.history.ordered(), view.zone
-        rows = torch.nn.functional.pad(rows, (0, zone.blocks - rows.shape[-1]))
-        device = next(self.predictor.parameters()).device  # layers may lie on several devices, the network lies on one
-        scores = self.predictor(rows[..., zone.sinks : zone.first_recent].to(device))
-        return torch.nn.functional.pad(scores, (zone.sinks, zone.blocks - zone.first_recent))
+    def score(self, view: View[Stream]) -> Tensor:
+        zone, place = view.zone, self.predictor.place(view.layer)
+        weights = self.predictor.streaming.weights(place, correcting=view.is_current)
+        estimate = view.memory.digest.estimate
+        weights = weights.to(estimate.device)
+        if weights.shape[0] not in (1, estimate.shape[1]):  # one selection per query head
+            weights = weights.repeat_interleave(estimate.shape[1] // weights.shape[0], 0)
+        return placed(view.memory.score(weights, zone.sinks, zone.first_recent), zone)

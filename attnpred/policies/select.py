@@ -66,3 +66,17 @@ def select_blocks(scores: Tensor, zone: Zone, first_block: Tensor | None = None)
     if first_block is not None:
         chosen = chosen.masked_fill(best.values == -torch.inf, -1)
     return torch.cat((sinks, chosen, recent), -1)
+
+
+def limit_late(scores: Tensor, zone: Zone, forecast: Tensor, late: int) -> Tensor:
+    """Return `scores` with which at most `late` blocks outside `forecast` are chosen: the best of them.
+
+    forecast [B, Hs, zone.free] are block ids between sinks and recent window, -1 for none; all other scores become -inf.
+    """
+    known = torch.zeros(*scores.shape[:2], zone.blocks + 1, dtype=torch.bool, device=scores.device)
+    known.scatter_(2, forecast.masked_fill(forecast < 0, zone.blocks), True)
+    known = known[..., : zone.blocks]
+    outside = scores.masked_fill(known, -torch.inf)
+    outside[..., : zone.sinks] = outside[..., zone.first_recent :] = -torch.inf
+    best = outside.topk(min(late, zone.first_recent - zone.sinks), -1)
+    return scores.masked_fill(~known, -torch.inf).scatter(2, best.indices, best.values)

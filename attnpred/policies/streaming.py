@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from attnpred.policies.base import Policy, View
+from attnpred.predictor.memory import NoMemory
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Streaming(Policy):
+class Streaming(Policy[NoMemory]):
     """Keep sinks and the newest blocks up to the budget."""
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: View[NoMemory]) -> Tensor:
         return torch.arange(view.zone.blocks, dtype=torch.float32).expand(1, 1, -1)

@@ -6,13 +6,14 @@ Networks come from the explicit table `NETWORKS`; a new one is one file and one 
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 
 from torch import nn
 
 from attnpred.errors import PredictorError
-from attnpred.predictor.cnn import PaperCNN
+from attnpred.predictor.cnn import PaperCNN, UnpaddedCNN
+from attnpred.predictor.streaming import StreamingNetwork
 
-NETWORKS: dict[str, type[nn.Module]] = {"cnn": PaperCNN}
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = 1
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -26,6 +27,8 @@ class PredictorConfig:
     kind: a name in `NETWORKS`. block_size: P of the rows it was trained on. history: H, likewise (it accepts any).
     base_model: the human name of the model. fingerprint: identifies that model's architecture, see `attnpred.capture`.
     trained_on: the data, in words. format: version of the files.
+    Of a streaming predictor: layers, the model's layers it has weights for, as "0 1 2", or nothing if all share one set;
+    heads: kv heads with weights of their own, or 1; head_dim: D and rank: r of its digests, 1 for plain mean keys.
     """
 
     kind: str = "cnn"
@@ -34,6 +37,10 @@ class PredictorConfig:
     base_model: str = ""
     fingerprint: str = ""
     trained_on: str = ""
+    layers: str = ""
+    heads: int = 1
+    head_dim: int = 1
+    rank: int = 1
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -50,6 +57,13 @@ class PredictorConfig:
             raise PredictorError(
                 f"got kind={self.kind!r}, expected one of {sorted(NETWORKS)}: update attnpred, or correct it"
             )
+        if not re.fullmatch(r"(\d+( \d+)*)?", self.layers) or len(set(self.layer_ids)) != len(self.layer_ids):
+            raise PredictorError(f"got layers={self.layers!r}, expected different layer numbers, as in '0 1 2'")
+
+    @property
+    def layer_ids(self) -> list[int]:
+        """The model's layers that there are weights for; empty where all layers share one set."""
+        return [int(layer) for layer in self.layers.split()]
 
     def to_json(self) -> str:
         """Return the config as JSON text."""
@@ -73,3 +87,12 @@ class PredictorConfig:
             return cls(**values)
         except PredictorError as error:
             raise PredictorError(f"{source}: {error}") from None
+
+
+NETWORKS: dict[str, Callable[[PredictorConfig], nn.Module]] = {
+    "cnn": lambda config: PaperCNN(),
+    "cnn-unpadded": lambda config: UnpaddedCNN(),
+    "streaming": lambda config: StreamingNetwork(
+        max(1, len(config.layer_ids)), config.heads, config.head_dim, config.rank if config.rank > 1 else 0
+    ),
+}

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from attnpred.errors import PredictorError
 from attnpred.predictor.card import model_card
+from attnpred.predictor.cnn import PaperCNN
 from attnpred.predictor.files import replacing, write_text
 from attnpred.predictor.predictor_config import CARD, CONFIG, HUB_ID, NETWORKS, WEIGHTS, PredictorConfig
+from attnpred.predictor.streaming import StreamingNetwork
 from attnpred.shapes import expect
 
 __all__ = ["NETWORKS", "SMALLEST_WIDTH", "Predictor", "PredictorConfig", "model_card", "shipped"]
@@ -33,7 +35,7 @@ class Predictor(nn.Module):
     def __init__(self, config: PredictorConfig | None = None) -> None:
         super().__init__()
         self.config = config or PredictorConfig()
-        self.network = NETWORKS[self.config.kind]()
+        self.network = NETWORKS[self.config.kind](self.config)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return fp32 scores [B, Hs, C] for `rows` [B, Hs, H, C], oldest row first; any float dtype goes in."""
@@ -43,6 +45,25 @@ class Predictor(nn.Module):
             return rows.new_ones((batch, heads, width), dtype=torch.float32)
         scores: Tensor = self.network(rows.reshape(batch * heads, history, width).float())
         return scores.view(batch, heads, width)
+
+    @property
+    def streaming(self) -> StreamingNetwork:
+        """The network of a streaming predictor."""
+        assert isinstance(self.network, StreamingNetwork)
+        return self.network
+
+    @property
+    def cnn(self) -> PaperCNN:
+        """The network of a predictor that looks at rows."""
+        assert isinstance(self.network, PaperCNN)
+        return self.network
+
+    def place(self, layer: int) -> int:
+        """Return where the weights of the model's layer `layer` are; raise `PredictorError` if there are none."""
+        layers = self.config.layer_ids
+        if layers and layer not in layers:
+            raise PredictorError(f"got no weights for layer {layer}, expected layers {layers}: train it for this model")
+        return layers.index(layer) if layers else 0
 
     def require(self, block_size: int) -> None:
         """Raise `PredictorError` unless this predictor was trained for blocks of `block_size` tokens."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from attnpred.errors import TraceError
 
 META = "traces.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class TraceMeta:
     """What all documents of a folder share.
 
     base_model, fingerprint: the captured model, as in `PredictorConfig`. block_size: P. layers, heads: the first sizes
-    of `rows` (heads is Hs). rows: T of a document, at most (a short text gives fewer). created_by: for people only.
+    of `rows` (heads is Hkv). rows: T of a document, at most (a short text gives fewer). query_heads, head_dim: Hq and D.
+    layer_ids: the model's layers that were captured, as in "0 1 2". scale: of the logits. created_by: for people only.
     """
 
     base_model: str
@@ -33,6 +34,10 @@ class TraceMeta:
     heads: int
     rows: int
     created_by: str = ""
+    query_heads: int = 1
+    head_dim: int = 1
+    layer_ids: str = ""
+    scale: float = 1.0
     format: int = FORMAT
 
     def __post_init__(self) -> None:

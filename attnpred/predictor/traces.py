@@ -2,8 +2,10 @@
 
 A folder holds `traces.json` (`TraceMeta`) and one file per document, `doc-<slug>.safetensors`, with
 `rows` float16 [layers, Hs, T, N]: for T consecutive query positions the block maxima of the attention probabilities
-(also the maximum over the heads of a group), zero where a block did not exist yet. Its metadata holds `name` and
-`first`, the position in tokens of the first query. A query at position p has seen p + 1 tokens.
+(also the maximum over the heads of a group), zero where a block did not exist yet. Beside them are what they came from,
+`queries` float16 [layers, Hq, T, D] and `keys` float16 [layers, Hkv, L, D], positions already rotated in: digests are
+trained on these, and any other block size can be measured with them. Metadata: `name`, and `first`, the position in
+tokens of the first query. A query at position p has seen p + 1 tokens. (Folders without queries and keys train the CNN.)
 
 A document's file appears complete or not at all, so an interrupted capture goes on where it stopped. The reader takes
 one document, or one layer of it, from disk at a time.
@@ -26,7 +28,7 @@ from attnpred.predictor.files import replacing, write_text
 from attnpred.predictor.trace_format import META, TraceMeta, file_name, opened, read_meta
 from attnpred.shapes import num_blocks
 
-__all__ = ["Trace", "TraceMeta", "TraceReader", "TraceSize", "TraceWriter", "split"]
+__all__ = ["Trace", "TraceMeta", "TraceReader", "TraceSize", "TraceWriter", "Vectors", "split"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,15 @@ class Trace:
     """One document: `rows` float16 [layers, Hs, T, N] ([Hs, T, N] of one layer), and the first query's position."""
 
     rows: Tensor
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """One document: float16 `queries` [layers, Hq, T, D], `keys` [layers, Hkv, L, D], and the first query's position."""
+
+    queries: Tensor
+    keys: Tensor
     first: int
 
 
@@ -65,8 +76,10 @@ class TraceWriter:
         """Return whether document `name` is written."""
         return (self.folder / file_name(name)).exists()
 
-    def add(self, name: str, rows: Tensor, first: int) -> None:
-        """Write document `name`, replacing an earlier one: `rows` [layers, Hs, T, N], see the module; `first` >= 0."""
+    def add(
+        self, name: str, rows: Tensor, first: int, queries: Tensor | None = None, keys: Tensor | None = None
+    ) -> None:
+        """Write document `name`, replacing an earlier one; tensors as in the module's docstring, `first` >= 0."""
         meta = self.meta
         rows = rows.detach().to("cpu", torch.float16).contiguous()
         if rows.ndim != 4 or tuple(rows.shape[:2]) != (meta.layers, meta.heads) or not 1 <= rows.shape[2] <= meta.rows:
@@ -81,7 +94,28 @@ class TraceWriter:
             )
         self._check_values(name, rows, first)
         with replacing(self.folder / file_name(name)) as temporary:
-            save_file({"rows": rows}, temporary, metadata={"name": name, "first": str(first)})
+            tensors = {"rows": rows} | self._vectors(name, rows, first, queries, keys)
+            save_file(tensors, temporary, metadata={"name": name, "first": str(first)})
+
+    def _vectors(
+        self, name: str, rows: Tensor, first: int, queries: Tensor | None, keys: Tensor | None
+    ) -> dict[str, Tensor]:
+        if queries is None or keys is None:
+            return {}
+        meta, steps = self.meta, rows.shape[2]
+        wanted = {
+            "queries": (queries, (meta.layers, meta.query_heads, steps, meta.head_dim)),
+            "keys": (keys, (meta.layers, meta.heads, first + steps, meta.head_dim)),
+        }
+        result = {}
+        for what, (tensor, shape) in wanted.items():
+            half = tensor.detach().to("cpu", torch.float16).contiguous()
+            if tuple(half.shape) != shape or not bool(half.isfinite().all()):
+                raise TraceError(
+                    f"got {what} of {name!r} of shape {tuple(half.shape)}, expected finite {list(shape)}: capture again"
+                )
+            result[what] = half
+        return result
 
     def _check_values(self, name: str, rows: Tensor, first: int) -> None:
         if not (rows.min() >= 0 and rows.max() <= 1):  # false for NaN too
@@ -125,6 +159,24 @@ class TraceReader:
             _, first = self._check(name, file)
             rows: Tensor = file.get_tensor("rows") if layer is None else file.get_slice("rows")[layer]
         return Trace(rows, first)
+
+    def vectors(self, name: str, layer: int | None = None) -> Vectors:
+        """Return queries and keys of document `name`; with `layer`, of that layer alone, the first size being 1."""
+        with opened(self._path(name)) as file:
+            shape, first = self._check(name, file)
+            meta, found = self.meta, {}
+            for what, wanted in (
+                ("queries", [meta.layers, meta.query_heads, shape[2], meta.head_dim]),
+                ("keys", [meta.layers, meta.heads, first + shape[2], meta.head_dim]),
+            ):
+                present = what in file.keys()  # noqa: SIM118 (safe_open is no mapping)
+                got = list(file.get_slice(what).get_shape()) if present else "nothing"
+                if got != wanted:
+                    raise TraceError(
+                        f"got {self._files[name]} with {what} {got}, expected {wanted}: capture it again with this version"
+                    )
+                found[what] = file.get_tensor(what) if layer is None else file.get_slice(what)[layer : layer + 1]
+        return Vectors(found["queries"], found["keys"], first)
 
     def _path(self, name: str) -> Path:
         if name not in self._files:

@@ -1,7 +1,8 @@
 """Write the trained demo LM into the package: weights in bf16, config, tokenizer, the embedded book, and a model card.
 
 Run `python -m recipes.demo_lm.export --work FOLDER` after `train.py`. Every figure of the card is measured here, on the
-held-out books, with the exported files through stock transformers (full cache).
+held-out books, with the exported files through stock transformers (full cache). With `--to` another model than the
+demo's is written, to that folder and without touching the package; its sizes are given as they were to `train.py`.
 """
 
 import argparse
@@ -25,9 +26,9 @@ BOOK_TITLE, BOOK_BYTES = "The Adventures of Sherlock Holmes", 200_000
 ASSETS = DEMO_MODEL.parent
 
 
-def export(work: Path) -> None:
-    """Write model and tokenizer to `DEMO_MODEL`; stop if the library's logits differ from those trained."""
-    shape = model.Shape()
+def export(work: Path, target: Path, shape: model.Shape) -> None:
+    """Write model and tokenizer to `target`; stop if the library's logits differ from those trained."""
+    own_head_dim = {} if shape.head_dim * shape.heads == shape.hidden else {"head_dim": shape.head_dim}
     config = Qwen2Config(
         architectures=["Qwen2ForCausalLM"],
         vocab_size=shape.vocab,
@@ -36,6 +37,7 @@ def export(work: Path) -> None:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
+        **own_head_dim,
         max_position_embeddings=shape.max_positions,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=True,
@@ -44,16 +46,16 @@ def export(work: Path) -> None:
         eos_token_id=0,
         pad_token_id=0,
     )
-    DEMO_MODEL.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(DEMO_MODEL)
+    target.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(target)
     state = load_file(work / "checkpoint.safetensors")
     params = {name: state[name] for name in model.init(shape)}
     save_file(
         {k: v.bfloat16().contiguous() for k, v in params.items()},
-        DEMO_MODEL / "model.safetensors",
+        target / "model.safetensors",
         metadata={"format": "pt"},
     )
-    (DEMO_MODEL / "model.safetensors").chmod(0o644)
+    (target / "model.safetensors").chmod(0o644)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(str(work / "tokenizer.json")),
         eos_token=corpus.END_OF_TEXT,
@@ -61,9 +63,9 @@ def export(work: Path) -> None:
         model_max_length=shape.max_positions,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.save_pretrained(DEMO_MODEL)
-    lm = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
-    AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.save_pretrained(target)
+    lm = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(target)
     tokens = torch.randint(1, shape.vocab, (1, 200), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         rounded = {k: v.bfloat16().float() for k, v in params.items()}
@@ -112,21 +114,22 @@ def retrieval(lm: torch.nn.Module, tokenizer: object, books: list[str], length: 
     return right
 
 
-def card(work: Path, asked: int) -> str:
+def card(work: Path, asked: int, target: Path, shape: model.Shape, name: str, lengths: list[int]) -> str:
     """Measure and return the model card."""
-    lm, tokenizer = load_model("demo")
+    demo = target == DEMO_MODEL
+    lm, tokenizer = load_model("demo") if demo else load_model(str(target), dtype=torch.float32)
     books = [row["text"] for row in map(json.loads, (work / "heldout.jsonl").read_text().splitlines())]
     log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
     last = log[-1]
     train_tokens = np.load(work / "train.npy", mmap_mode="r").size
     parameters = sum(p.numel() for p in lm.parameters())
     scores = []
-    for length in (1024, 4096, 8000):
+    for length in lengths:
         n = asked if length == 4096 else asked // 4
         for keys in (1, 4):
             scores.append((length, keys, retrieval(lm, tokenizer, books, length, keys, n), n))
-    text_scores = [(length, *perplexity(lm, tokenizer, books, length, 2)) for length in (1024, 4096, 8000)]
-    chance = math.log2(model.Shape().vocab)
+    text_scores = [(length, *perplexity(lm, tokenizer, books, length, 2)) for length in lengths]
+    chance = math.log2(shape.vocab)
     lines = [
         "---",
         "license: apache-2.0",
@@ -134,10 +137,10 @@ def card(work: Path, asked: int) -> str:
         "tags: [attnpred, demo]",
         "---",
         "",
-        "# attnpred demo LM",
+        f"# attnpred {name}",
         "",
-        f"A Qwen2-shaped language model of {parameters / 1e6:.2f} M parameters ({model.Shape().layers} layers, "
-        f"{model.Shape().heads} query and {model.Shape().kv_heads} kv heads), made to try attnpred without a download. "
+        f"A Qwen2-shaped language model of {parameters / 1e6:.2f} M parameters ({shape.layers} layers, "
+        f"{shape.heads} query and {shape.kv_heads} kv heads), made to try attnpred without a download. "
         "It reads English books and finds facts planted in them; it knows next to nothing and should be used for nothing else.",
         "Written by `recipes/demo_lm/export.py`; every figure below was measured by it.",
         "",
@@ -149,8 +152,7 @@ def card(work: Path, asked: int) -> str:
         "",
         *[f"* {title}" for title in corpus.HELD_OUT_TITLES],
         "",
-        f"The embedded book of the demo is part of *{BOOK_TITLE}*.",
-        "",
+        *([f"The embedded book of the demo is part of *{BOOK_TITLE}*.", ""] if demo else []),
         "## Losses at the end of training (nats per token, training mixture)",
         "",
         f"text {last['text']:.3f}, answers {last['answer']:.4f}, repeated passages {last['copy']:.3f}; sequences of {last['length']} tokens",
@@ -173,16 +175,23 @@ def card(work: Path, asked: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--asked", type=int, default=100)
-    args = parser.parse_args()
-    export(args.work)
-    write_book(args.work)
-    shutil.copyfile(args.work / "log.jsonl", Path(__file__).with_name("training_log.jsonl"))
+    parser.add_argument("--to", type=Path, default=DEMO_MODEL)
+    parser.add_argument("--name", default="demo LM", help="what the card calls the model")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8000], help="of the card's tables")
+    model.add_shape_options(parser)
+    args = parser.parse_args(argv)
+    shape = model.shape_of(args)
+    export(args.work, args.to, shape)
+    if args.to == DEMO_MODEL:
+        write_book(args.work)
+        shutil.copyfile(args.work / "log.jsonl", Path(__file__).with_name("training_log.jsonl"))
     if args.asked:
-        (DEMO_MODEL / "README.md").write_text(card(args.work, args.asked), encoding="utf-8")
+        text = card(args.work, args.asked, args.to, shape, args.name, args.lengths)
+        (args.to / "README.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ slow part of learning to retrieve: "copy what followed the earlier occurrence of
   dims 128-159, 160-191, 192-223.
 * Layer 1, head 0, compares the codes of the last three tokens with the codes of the three before each position, in the
   32 dims that rotate slowest, and adds the embedding found there to the residual.
-Training is free to change all of it.
+Training is free to change all of it. The figures are those of the default `Shape`; other shapes take half of the hidden
+size for the embedding and half of a head for a code, and must have room for three codes beside the embedding.
 """
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,25 @@ class Shape:
     head_dim: int = 64
     max_positions: int = 8192
     rope_theta: float = 1e8
+
+    def __post_init__(self) -> None:
+        room, codes = self.hidden - self.hidden // 2, 3 * (self.head_dim // 2)
+        if self.heads < 3 or self.layers < 2 or codes > room or self.head_dim % 16 or self.heads % self.kv_heads:
+            raise ValueError(
+                f"got {self}, expected 3 heads or more in whole groups, 2 layers or more, a head dim that 16 divides, and "
+                "3 / 2 of it to be at most half of the hidden size: the circuit that is laid in needs them"
+            )
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Give the parser one option per field of `Shape`, so that training and export of one model take the same ones."""
+    for field in fields(Shape):
+        default = field.default
+        parser.add_argument("--" + field.name.replace("_", "-"), type=type(default), default=default)
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    return Shape(**{field.name: getattr(args, field.name) for field in fields(Shape)})
 
 
 def init(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
@@ -68,7 +89,8 @@ def init(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
 
 def _lay_in_induction(params: dict[str, Tensor], shape: Shape, generator: torch.Generator) -> None:
     """Write the circuit of the module docstring into the first two layers (see there)."""
-    half, code_dims, own = shape.head_dim // 2, 32, 128
+    half, code_dims, own = shape.head_dim // 2, shape.head_dim // 2, shape.hidden // 2
+    fast = shape.head_dim // 8 + 1  # of a head's rotations, those that tell tokens a few places apart
 
     def orthonormal(rows: int, columns: int) -> Tensor:
         return torch.linalg.qr(torch.randn(columns, rows, generator=generator))[0].T
@@ -84,22 +106,22 @@ def _lay_in_induction(params: dict[str, Tensor], shape: Shape, generator: torch.
         return params[name].view(heads, shape.head_dim, -1)
 
     first = "model.layers.0.self_attn."
-    angles = inverse_frequencies(shape)[:9]
+    angles = inverse_frequencies(shape)[:fast]
     q_bias, k_bias = params[first + "q_proj.bias"].view(-1, 2, half), params[first + "k_proj.bias"].view(-1, 2, half)
-    k_bias[:, 0, :9] = 6.0
+    k_bias[:, 0, :fast] = 6.0
     view(first + "v_proj.weight", shape.kv_heads)[:, :code_dims] = 0.0
     view(first + "v_proj.weight", shape.kv_heads)[:, :code_dims, :own] = code
     params[first + "o_proj.weight"].view(-1, shape.heads, shape.head_dim)[:, :, :code_dims] = 0.0
     for back in (1, 2, 3):
-        q_bias[back - 1, 0, :9] = 6.0 * torch.cos(angles * back)
-        q_bias[back - 1, 1, :9] = -6.0 * torch.sin(angles * back)
+        q_bias[back - 1, 0, :fast] = 6.0 * torch.cos(angles * back)
+        q_bias[back - 1, 1, :fast] = -6.0 * torch.sin(angles * back)
         block = slice(own + code_dims * (back - 1), own + code_dims * back)
         params[first + "o_proj.weight"][
             block, shape.head_dim * (back - 1) : shape.head_dim * (back - 1) + code_dims
         ] = rms * torch.eye(code_dims)
 
     second = "model.layers.1.self_attn."
-    slow = torch.cat((torch.arange(half - 16, half), torch.arange(2 * half - 16, 2 * half)))
+    slow = torch.cat((torch.arange(half // 2, half), torch.arange(half + half // 2, 2 * half)))
     q, k = view(second + "q_proj.weight", shape.heads)[0], view(second + "k_proj.weight", shape.kv_heads)[0]
     for i, turn in enumerate(turns):
         before = slice(own + code_dims * i, own + code_dims * (i + 1))

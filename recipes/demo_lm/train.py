@@ -2,7 +2,8 @@
 
 Run `python -m recipes.demo_lm.train --books FOLDER --work FOLDER` (FOLDER as `corpus.py` describes). It resumes from
 `work/checkpoint.safetensors`, saves every few minutes, and logs one JSON object per 50 steps to `work/log.jsonl` with
-the losses of text and of answers apart. Two cores and the default `STAGES` take about 75 minutes.
+the losses of text and of answers apart. Two cores and the default `STAGES` take about 75 minutes. `--scale` shortens
+every stage and the learning rate's course alike; sizes and seed are options too (`recipes.second_lm` uses them).
 """
 
 import argparse
@@ -50,13 +51,13 @@ TOTAL = sum(stage.tokens for stage in STAGES)
 PEAK, WARMUP, COOLDOWN = 1.5e-3, 0.005, 0.6
 
 
-def learning_rate(done: int) -> float:
+def learning_rate(done: float) -> float:
     """Warm up over 1 %, hold, then fall linearly to 5 % over the last 60 % of all tokens."""
     x = done / TOTAL
     return PEAK * min(1.0, x / WARMUP + 0.02) * min(1.0, max(0.05, (1 - x) / COOLDOWN))
 
 
-def stage_at(done: int) -> Stage:
+def stage_at(done: float) -> Stage:
     for stage in STAGES:
         if done < stage.tokens:
             return stage
@@ -76,17 +77,21 @@ def batch(sampler: Sampler, stage: Stage, limit: int) -> tuple[Tensor, Tensor, T
     return ids[:, :-1], ids[:, 1:], weights[:, 1:], positions
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--books", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--stop-after", type=int, default=TOTAL, help="tokens; for a trial run")
+    parser.add_argument("--stop-after", type=int, help="tokens; for a trial run")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--scale", type=float, default=1.0, help="length of the schedule, as a share of `STAGES`")
+    model.add_shape_options(parser)
+    args = parser.parse_args(argv)
+    total = TOTAL * args.scale
+    stop = total if args.stop_after is None else min(total, args.stop_after)
     words = [*NAMES, *ADJECTIVES, *NOUNS, *" ".join(KEEPERS).split(), "Remember", "Note", "Mark", "Everyone"]
     corpus.prepare(args.books, args.work, words)
 
-    shape = model.Shape()
+    shape = model.shape_of(args)
     params = model.init(shape, args.seed)
     matrices = [p for n, p in params.items() if p.ndim == 2]
     vectors = [p for n, p in params.items() if p.ndim == 1]
@@ -119,10 +124,10 @@ def main() -> None:
     meter = {"text": [0.0, 0], "answer": [0.0, 0], "copy": [0.0, 0]}
     started = saved = time.time()
     tokens_logged = done
-    while done < min(TOTAL, args.stop_after):
-        stage = stage_at(done)
+    while done < stop:
+        stage = stage_at(done / args.scale)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(done)
+            group["lr"] = learning_rate(done / args.scale)
         tokens, targets, weights, positions = batch(sampler, stage, shape.max_positions)
         loss, each = compiled(tokens, targets, weights, positions)
         optimizer.zero_grad()
@@ -146,7 +151,7 @@ def main() -> None:
             print(json.dumps(row), file=log, flush=True)
             meter = {name: [0.0, 0] for name in meter}
             started, tokens_logged = now, done
-        if time.time() - saved > 240 or done >= min(TOTAL, args.stop_after):
+        if time.time() - saved > 240 or done >= stop:
             state = {name: p.detach() for name, p in params.items()} | {
                 "done": torch.tensor(done),
                 "step": torch.tensor(step),

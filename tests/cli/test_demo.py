@@ -102,7 +102,7 @@ def test_a_text_of_ones_own_and_another_seed_are_used(run: Run, tmp_path: Path) 
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "unknown policy": (["--policy", "h2o"], "got policy 'h2o', expected one of full"),
+    "unknown policy": (["--policy", "tarot"], "got policy 'tarot', expected one of full"),
     "compression 1": (["--compression", "1"], "got compression=1.0, expected more than 1"),
     "compression NaN": (["--compression", "nan"], "got compression=nan, expected more than 1"),
     "compression too high": (["--compression", "13"], "use a lower --compression"),

@@ -111,7 +111,7 @@ def test_the_shipped_predictor_is_the_default_and_fits_the_demo_model(run: Calla
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "unknown policy": (["--policy", "h2o"], "got policy 'h2o', expected one of full"),
+    "unknown policy": (["--policy", "tarot"], "got policy 'tarot', expected one of full"),
     "budget 0": (["--budget", "0"], "got budget=0.0, expected a number of tokens"),
     "budget below 0": (["--budget", "-5"], "got budget=-5.0, expected a number of tokens"),
     "budget NaN": (["--budget", "nan"], "got budget=nan, expected a number of tokens"),

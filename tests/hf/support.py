@@ -51,7 +51,7 @@ def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 def predictor() -> Predictor:
     """Return a predictor that was never trained, for the blocks of `SMALL`."""
     torch.manual_seed(0)
-    return Predictor(PredictorConfig(block_size=SMALL.block_size)).eval()
+    return Predictor(PredictorConfig(kind="streaming", block_size=SMALL.block_size)).eval()
 
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, 97))]

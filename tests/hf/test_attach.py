@@ -294,7 +294,7 @@ def test_a_mask_that_is_also_a_bias_is_refused(model: PreTrainedModel) -> None:
 # Settings
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown policy": ({"policy": "h2o"}, r"got policy 'h2o', expected one of full, streaming"),
+    "unknown policy": ({"policy": "tarot"}, r"got policy 'tarot', expected one of full, streaming"),
     "unknown setting": ({"bugdet": 3}, r"got setting 'bugdet', expected one of budget, block_size"),
     "budget 0": ({"budget": 0}, r"got budget=0, expected a number of tokens"),
     "budget below 0": ({"budget": -5}, r"got budget=-5, expected a number of tokens"),
@@ -337,20 +337,25 @@ def test_a_predictor_of_another_model_is_used_with_one_warning(
     model: PreTrainedModel, said: Callable[[], list[str]], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attnpred.hf.choose, "shipped", dict)
-    with pytest.raises(ConfigError, match="got no predictor, and none is shipped"):
+    with pytest.raises(ConfigError, match="got no general predictor among those shipped"):
         attnpred.attach(model)
-    folder = Predictor(PredictorConfig(base_model="some LM", fingerprint="other-1-2-3-4")).save_pretrained(
-        tmp_path / "other"
-    )
-    monkeypatch.setattr(attnpred.hf.choose, "shipped", lambda: {"other": folder})
+    sizes = {"layers": "0 1", "heads": 2, "head_dim": 8, "rank": 4}
+    other = PredictorConfig("streaming", fingerprint="other-1-2-3-4", **sizes)
+    found = {
+        "cnn": Predictor(PredictorConfig("cnn")).save_pretrained(tmp_path / "cnn"),
+        "other": Predictor(other).save_pretrained(tmp_path / "other"),
+    }
+    monkeypatch.setattr(attnpred.hf.choose, "shipped", lambda: found)
+    with pytest.raises(ConfigError, match="got no general predictor among those shipped"):
+        attnpred.attach(model)
+    found["general"] = Predictor(PredictorConfig("streaming")).save_pretrained(tmp_path / "general")
     with attnpred.attach(model, budget=160):
         greedy(model, prompt(1, 170), 2)
-    assert len(said()) == 1 and "no predictor was trained for this llama model: using the one of some LM" in said()[0]
-    ours = Predictor(PredictorConfig(fingerprint=attnpred.hf.fingerprint(model.config))).save_pretrained(
-        tmp_path / "ours"
-    )
-    monkeypatch.setattr(attnpred.hf.choose, "shipped", lambda: {"other": folder, "ours": ours})
-    attnpred.attach(model).detach()
+    assert len(said()) == 1 and "no predictor was trained for this llama model: using the general one" in said()[0]
+    ours = PredictorConfig("streaming", fingerprint=attnpred.hf.fingerprint(model.config), **sizes)
+    found["ours"] = Predictor(ours).save_pretrained(tmp_path / "ours")
+    with attnpred.attach(model) as attached:
+        assert attached.new_cache().policy.predictor.config == ours
     assert len(said()) == 1
 
 

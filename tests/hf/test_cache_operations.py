@@ -20,6 +20,7 @@ import attnpred
 from attnpred.errors import ConfigError
 from attnpred.hf import TieredCache
 from attnpred.policies import Predicted
+from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from tests.hf.support import COVERING, SMALL, predictor
 from tests.models import prompt, tiny_model
 
@@ -174,7 +175,7 @@ def test_the_rows_of_a_batch_differ_below_the_budget() -> None:
         cache = attached.new_cache()
         logits_of(model, cache, prompt(2, 90), *(prompt(2, 1, i) for i in range(3)))
         selection = cache.decoders[1].pending[1].sort(-1).values  # type: ignore[index]
-        row = cache.decoders[1].history.last()
+        row = cache.decoders[1].memory.row.view()
     assert not torch.equal(selection[0], selection[1])
     assert not torch.allclose(row[0], row[1], atol=1e-2)
 
@@ -220,16 +221,15 @@ def test_a_crop_to_before_the_beginning_empties_the_cache() -> None:
 def test_a_crop_forgets_what_was_seen_of_the_removed_blocks() -> None:
     """A block that is filled again with other tokens must not be forecast by what the old ones were worth."""
     model = tiny_model("llama")
-    with attnpred.attach(
-        model, policy="predicted", config=replace(SMALL, history=32), predictor=predictor()
-    ) as attached:
+    network = Predictor(PredictorConfig("cnn", block_size=4))
+    with attnpred.attach(model, config=replace(SMALL, history=32), predictor=network) as attached:
         cache = attached.new_cache()
         logits_of(model, cache, prompt(2, 96), *(prompt(2, 1, i) for i in range(2)))
         cache.crop(-18)
         logits_of(model, cache, prompt(2, 1, 9))
         for _ in range(3):
             logits_of(model, cache, prompt(2, 4, 9))
-    rows = cache.decoders[0].history.ordered()
+    rows = cache.decoders[0].memory.ordered()
     assert rows.shape[3] == 24 and rows[:, :, :-13, :20].any()
     assert not rows[:, :, :-13, 20:].any()
 

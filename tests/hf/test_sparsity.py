@@ -19,7 +19,7 @@ from attnpred.policies import Predicted
 from tests.hf.support import COVERING, SMALL, greedy, left_padded, predictor
 from tests.models import prompt, tiny_model
 
-NO_CALIBRATION = replace(SMALL, calibration_interval=0)
+NO_CALIBRATION = replace(SMALL, calibration_interval=0, late_share=0)
 POLICIES = ["streaming", "last_step", "ema", "predicted"]
 
 
@@ -103,13 +103,13 @@ def test_a_calibration_row_reads_keys_and_no_values() -> None:
     model, settings = tiny_model("llama"), replace(SMALL, calibration_interval=5)
     with attnpred.attach(model, policy="ema", config=settings):
         cache = after_prompt(model, "streaming", settings)
-        assert cache.decoders[0].rows == 0, "streaming keeps no history, so it never calibrates"
+        assert cache.decoders[0].memory.rows == 0, "streaming keeps no history, so it never calibrates"
         cache = after_prompt(model, "last_step", settings)
         for steps in range(1, 6):
             pool = cache.layers[0].pool
             outside = poison(cache, 0, outside=True, parts="v")
             step(model, cache)
-            assert outside and cache.decoders[0].history.last().isfinite().all()
+            assert outside and cache.decoders[0].memory.row.view().isfinite().all()
             assert cache.decoders[0].counts.calibration_bytes == (pool.key_bytes() if steps == 5 else 0)
             pool.values.nan_to_num_(0.0)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from attnpred.errors import ShapeError
 from attnpred.predictor import cnn
-from attnpred.predictor.cnn import PaperCNN, start_as_average
+from attnpred.predictor.cnn import PaperCNN, UnpaddedCNN, start_as_average
 
 Grid = list[list[float]]
 
@@ -43,9 +43,9 @@ def described(network: PaperCNN, image: Grid) -> list[float]:
     return scores
 
 
-def network(seed: int = 0) -> PaperCNN:
+def network(seed: int = 0, kind: type[PaperCNN] = PaperCNN) -> PaperCNN:
     torch.manual_seed(seed)
-    return PaperCNN()
+    return kind()
 
 
 @pytest.mark.parametrize(("history", "blocks"), [(1, 1), (1, 4), (3, 1), (4, 3), (2, 5)])
@@ -55,8 +55,25 @@ def test_is_what_the_paper_describes(history: int, blocks: int) -> None:
     torch.testing.assert_close(net(rows), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_has_the_published_parameters() -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in network().state_dict().items()}
+@pytest.mark.parametrize(("history", "blocks"), [(5, 1), (6, 3), (9, 2)])
+def test_without_padding_the_rows_at_both_ends_are_context_only(history: int, blocks: int) -> None:
+    """In an endless picture of the padded network, the rows of features that see no further than H rows."""
+    net, rows, far = network(kind=UnpaddedCNN), torch.rand(2, history, blocks), torch.rand(2, 6, blocks)
+    padded = network()
+    padded.load_state_dict(net.state_dict())
+    hidden = padded.conv2(padded.conv1(torch.cat((far, rows, far), 1)[:, None]).relu()).relu()
+    want = padded.conv3(hidden[:, :, 6 + 2 : 6 + history - 2].mean(2))[:, 0]
+    torch.testing.assert_close(net(rows), want, atol=1e-6, rtol=1e-5)
+
+
+def test_without_padding_five_rows_are_needed() -> None:
+    with pytest.raises(ShapeError, match="got 4 history rows, expected at least 5: give UnpaddedCNN more rows"):
+        network(kind=UnpaddedCNN)(torch.rand(1, 4, 3))
+
+
+@pytest.mark.parametrize("kind", [PaperCNN, UnpaddedCNN])
+def test_has_the_published_parameters(kind: type[PaperCNN]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in network(kind=kind).state_dict().items()}
     assert shapes == {
         "conv1.weight": (16, 1, 3, 3),
         "conv1.bias": (16,),
@@ -100,18 +117,45 @@ def test_recency_comes_from_the_border_alone() -> None:
     assert (scores[0] - scores[-1]).abs() > 1e-4
 
 
+def test_without_padding_recency_is_taken_from_the_oldest_rows() -> None:
+    """What an impulse adds to the score in row j and what it adds in row H-4+j sum to what it adds further inside."""
+    net, history = network(3, UnpaddedCNN), 16
+    impulses = torch.zeros(history + 1, history, 9)
+    impulses[torch.arange(history), torch.arange(history), 4] = 1.0  # image i: row i; the last one stays empty
+    with torch.no_grad():
+        scores = net(impulses)[:, 4]
+    added = scores[:-1] - scores[-1]
+    inside = added[4 : history - 4]
+    torch.testing.assert_close(inside, inside[:1].expand_as(inside), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(added[:4] + added[-4:], inside[:4], atol=1e-6, rtol=1e-4)
+    assert (added[-4:] - inside[0]).abs().min() > 1e-4
+
+
+def test_without_padding_a_circle_has_no_newest_row() -> None:
+    circle, starts = torch.rand(12, 7), range(0, 12, 5)
+    pictures = torch.stack([torch.cat((circle.roll(start, 0), circle.roll(start, 0)[:4])) for start in starts])
+    with torch.no_grad():
+        unpadded, padded = network(3, UnpaddedCNN)(pictures), network(3)(pictures)
+    torch.testing.assert_close(unpadded, unpadded[:1].expand_as(unpadded), atol=1e-6, rtol=1e-5)
+    assert (padded[1:] - padded[0]).abs().min() > 1e-5
+
+
 def test_another_number_of_dimensions_is_an_error() -> None:
     with pytest.raises(ShapeError, match=r"got rows of shape \(4, 5\), expected \[any, any, any\]"):
         network()(torch.rand(4, 5))
 
 
-def test_the_start_is_an_average_of_recent_rows() -> None:
-    torch.manual_seed(0)
-    network, rows = PaperCNN(), torch.rand(3, 20, 11)
-    start_as_average(network, 20, newest=0.3, pair=0.2, mean=0.5)
+@pytest.mark.parametrize("kind", [PaperCNN, UnpaddedCNN])
+def test_the_start_is_an_average_of_recent_rows(kind: type[PaperCNN]) -> None:
+    net, rows = network(kind=kind), torch.rand(3, 20, 11)
+    start_as_average(net, 20, newest=0.3, pair=0.2, mean=0.5)
     with torch.no_grad():
-        for layer in (network.conv1.weight[2:], network.conv2.weight[3:], network.conv3.weight[:, 3:]):
+        for layer in (net.conv1.weight[2:], net.conv2.weight[3:], net.conv3.weight[:, 3:]):
             layer.zero_()
-        scores = network(rows)
-    want = 0.3 * rows[:, -1] + 0.2 * (rows[:, -1] + rows[:, -2]) + 0.5 * rows.mean(1)
+        scores = net(rows)
+    want = 0.3 * rows[:, -1] + 0.2 * (rows[:, -1] + rows[:, -2])
+    if kind is PaperCNN:
+        want += 0.5 * rows.mean(1)
+    else:  # the sums of differences have a second end
+        want += 0.5 * rows[:, 4:].mean(1) - 0.3 * rows[:, 3] - 0.2 * (rows[:, 3] + rows[:, 2])
     torch.testing.assert_close(scores, want, rtol=1e-4, atol=1e-4)

@@ -42,13 +42,3 @@ def test_equals_a_list_of_rows(size: int, steps: list[tuple[str, int]]) -> None:
             )
             assert torch.equal(history.ordered(), want)
             assert torch.equal(history.last(), want[:, :, -1])
-
-
-def test_blend_is_an_exponential_average() -> None:
-    history, rows = History(1), torch.rand(5, 1, 2, 7)
-    want = rows[0]
-    history.blend(rows[0], 0.3)
-    for row in rows[1:]:
-        want = 0.7 * want + 0.3 * row
-        history.blend(row, 0.3)
-    torch.testing.assert_close(history.last(), want)

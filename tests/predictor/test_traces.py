@@ -168,7 +168,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"format": 2}, "got format=2, expected 1"),
+        ({"format": 1}, "got format=1, expected 2"),
         ({"layers": 0}, "got layers=0, expected a whole number"),
         ({"base_model": None}, "got base_model=None, expected a text"),
         ({"extra": 1}, "expected the keys"),

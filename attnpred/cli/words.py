@@ -1,0 +1,24 @@
+"""Lists on the command line."""
+
+import re
+
+from attnpred.errors import ConfigError
+
+
+def words(text: str) -> list[str]:
+    """Split a list of policies or texts; a comma inside settings (`name:a=1,b=2`) does not end a word."""
+    parts: list[str] = []
+    for part in re.split(r"[,\s]+", text.strip()):
+        if "=" in part and ":" not in part and parts:
+            parts[-1] += "," + part
+        elif part:
+            parts.append(part)
+    return parts
+
+
+def floats(name: str, text: str) -> list[float]:
+    """Split a list of numbers."""
+    try:
+        return [float(part) for part in re.split(r"[,\s]+", text.strip())]
+    except ValueError:
+        raise ConfigError(f"got {name} {text!r}, expected numbers with commas between them") from None

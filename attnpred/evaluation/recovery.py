@@ -1,0 +1,127 @@
+"""How well a policy chooses: the attention it recovers, step by step, on captured queries and keys.
+
+A document is read once by the model with dense attention; queries and keys of its last tokens are kept. Then every policy
+decodes these tokens again with the real decode step (`attnpred.decode`): the same queries for all, but each with the
+history that its own selections produced. Recovery is the true attention inside the selection, the mean over query
+heads; the recovery ratio is against the best selection of as many blocks, sinks and recent window not forced on it.
+
+Documents of one length are replayed side by side, as a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnpred.capture import Captured, captured
+from attnpred.config import CacheConfig
+from attnpred.decode import LayerDecoder
+from attnpred.errors import ConfigError
+from attnpred.kernels.dense import AttentionTerms
+from attnpred.policies.base import Policy
+from attnpred.predictor.block_truth import block_truth
+from attnpred.predictor.traces import Vectors
+from attnpred.store.pool import BlockPool
+from attnpred.telemetry import LayerCounts, total
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text as the model saw it; mass is the true attention of its last queries, [layers, Hkv, T, N], of a group's sum."""
+
+    kind: str
+    name: str
+    queries: Tensor
+    keys: Tensor
+    mass: Tensor
+    layer_ids: tuple[int, ...]
+    scale: float
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.keys.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """Per document, layer and kv head, over the steps: sums [documents, layers, Hkv] unless the name says otherwise.
+
+    kept, best: attention inside the selection, and inside the best one, per query head. hits: share of the best blocks that
+    were chosen. new: share of the selection that was not in the last one. ratios: [documents, layers, Hkv, steps].
+    late: share of the chosen blocks that the forecast had missed, or None. state: bytes per byte of keys and values.
+    """
+
+    kept: Tensor
+    best: Tensor
+    hits: Tensor
+    new: Tensor
+    ratios: Tensor
+    late: float | None
+    state: float
+
+
+def read_document(model: Any, tokens: Tensor, rows: int, kind: str, name: str, block_size: int) -> Document:
+    """Read `tokens` [1, L] and keep what its last `rows` queries need."""
+    found: Captured = captured(model, tokens.to(model.device), rows, block_size)
+    queries, keys = found.queries.half().cpu(), found.keys.half().cpu()
+    first = tokens.shape[1] - rows
+    truth = block_truth(Vectors(queries, keys, first), found.scale, block_size)
+    mass = truth.mass.unflatten(0, (queries.shape[0], -1)).half()
+    return Document(kind, name, queries, keys, mass, found.layer_ids, found.scale)
+
+
+@torch.no_grad()
+def measure(documents: Sequence[Document], policy: Policy[Any], settings: CacheConfig) -> Recovery:
+    """Replay `documents`, all of one length, with `policy`; the first `settings.history` rows are the prompt's."""
+    if len({document.length for document in documents}) != 1:
+        raise ConfigError("got documents of several lengths, expected one: measure them apart")
+    found = [_layer(documents, layer, policy, settings) for layer in range(len(documents[0].layer_ids))]
+    kept, best, hits, new, ratios = (torch.stack(columns, 1) for columns in zip(*(x[0] for x in found), strict=True))
+    counts = total([x[1] for x in found])
+    late = float(counts.late) / counts.chosen if counts.chosen else None
+    return Recovery(kept, best, hits, new, ratios, late, sum(x[2] for x in found) / len(found))
+
+
+def _layer(
+    documents: Sequence[Document], layer: int, policy: Policy[Any], settings: CacheConfig
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], LayerCounts, float]:
+    queries = torch.stack([document.queries[layer] for document in documents]).float()
+    keys = torch.stack([document.keys[layer] for document in documents]).float()
+    mass = torch.stack([document.mass[layer] for document in documents]).float()
+    group = queries.shape[1] // keys.shape[1]
+    prompt, steps, length = settings.history, queries.shape[2], keys.shape[2]
+    counts = LayerCounts()
+    decoder = LayerDecoder(settings, policy, counts, documents[0].layer_ids[layer])
+    pool, terms = BlockPool(settings.block_size), AttentionTerms(documents[0].scale)
+    values = keys[..., :1] * 0  # what is attended to does not matter, only where
+    first = length - steps
+    pool.append(keys[:, :, : first + prompt], values[:, :, : first + prompt])
+    decoder.observe(queries[:, :, :prompt], pool, terms, None, prompt=True)
+    blocks = mass.shape[-1]
+    last: Tensor | None = None
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for step in range(prompt, steps):
+        place = slice(first + step, first + step + 1)
+        pool.append(keys[:, :, place], values[:, :, place])
+        decoder.step(queries[:, :, step], pool, terms, None)
+        assert decoder.attended is not None
+        selection = decoder.attended[1]
+        chosen = torch.zeros(*selection.shape[:2], blocks + 1, dtype=torch.bool)
+        chosen = chosen.scatter_(2, selection.masked_fill(selection < 0, blocks), True)[..., :blocks]
+        if chosen.shape[1] != mass.shape[1]:  # one selection per query head: what a kv head reads is their union
+            chosen = chosen.unflatten(1, (mass.shape[1], -1)).any(2)
+        best = mass[:, :, step].topk(min(selection.shape[2], blocks), -1)
+        hit = chosen.gather(2, best.indices).float().mean(-1)
+        kept = (mass[:, :, step] * chosen).sum(-1) / group
+        size = chosen.sum(-1).clamp_min(1)
+        new = torch.zeros_like(hit) if last is None else (chosen & ~last).sum(-1) / size
+        found.append((kept, best.values.sum(-1) / group, hit, new))
+        last = chosen
+    kept, best_mass, hits, fresh = (torch.stack(column, -1) for column in zip(*found, strict=True))
+    kv_bytes = keys.shape[1] * keys.shape[3] * 2 * 2 * length * len(documents)  # keys and values in half precision
+    ratios = kept / best_mass.clamp_min(1e-9)
+    columns = kept.mean(-1), best_mass.mean(-1), hits.mean(-1), fresh[..., 1:].mean(-1), ratios
+    return columns, counts, decoder.memory.bytes() / kv_bytes

@@ -1,0 +1,26 @@
+"""`h2o`: the blocks with the most attention so far (the score of H2O, arXiv 2306.14048), nothing evicted.
+
+The published method drops what it does not keep and sums over all queries of the prompt; here every block can come back,
+and the sum begins with the last rows of the prompt (`CacheConfig.history`).
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from attnpred.config import CacheConfig
+from attnpred.policies.base import Policy, View, widened
+from attnpred.predictor.average import Average
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class H2O(Policy[Average]):
+    """Score a block by the sum of its rows."""
+
+    def memory(self, config: CacheConfig, layer: int) -> Average:
+        return Average(1.0, 1.0, config.history)
+
+    def score(self, view: View[Average]) -> Tensor:
+        return widened(view.memory.row.view(), view.zone)

@@ -1,0 +1,139 @@
+"""`Digest`: a small summary of every sealed block's keys, kept in fast memory and scored with a query.
+
+A key is centred and projected to r directions (`DigestMap.keys`); a block keeps `vectors` means of successive projected
+keys: one mean of all its tokens for most heads, one vector per token for heads that look for single tokens, whose key a
+mean would drown. Each vector is stored in 4 bits per direction (`attnpred.kernels.digest`), so a block takes
+vectors * r / 2 bytes. The query is projected too (`DigestMap.queries`), and the estimate of a block's attention is the
+log-sum-exp of its vectors' logits.
+
+The projections are trained for a model (`attnpred.predictor.digest_training`). Without them every head gets the
+plain mean key, each channel in units of its own spread over the first blocks that are sealed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from attnpred.errors import PredictorError
+from attnpred.kernels.digest import digest_shares, pack
+from attnpred.predictor.memory import Columns, Memory
+
+
+@dataclass(frozen=True, slots=True)
+class DigestMap:
+    """The projections of one layer: keys, queries [Hkv, D, r], centre [Hkv, D]; `vectors` per block, one for each head.
+
+    In a `Digest` they have a batch dimension in front, of size 1 where all rows share them.
+    """
+
+    keys: Tensor
+    queries: Tensor
+    centre: Tensor
+    vectors: tuple[int, ...]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "DigestMap":
+        """Return the map with its tensors changed."""
+        return DigestMap(change(self.keys), change(self.queries), change(self.centre), self.vectors)
+
+
+def mean_key_map(keys: Tensor, block_size: int) -> DigestMap:
+    """Return maps of the plain mean key for `keys` [B, Hkv, L, D]: channels in units of their spread over the blocks."""
+    heads, dim = keys.shape[1], keys.shape[3]
+    means = keys.float().unflatten(2, (-1, block_size)).mean(3)
+    centre = means.mean(2)
+    spread = (means - centre[:, :, None]).square().mean(2).sqrt().clamp_min(1e-6)
+    padded = torch.nn.functional.pad(torch.eye(dim, device=keys.device), (0, dim % 2))  # codes come in pairs
+    return DigestMap(padded / spread[..., None], padded * spread[..., None], centre, (1,) * heads)
+
+
+@final
+class Digest(Memory):
+    """Codes of one layer, and the estimates for the query that was looked at last."""
+
+    def __init__(self, block_size: int, given: DigestMap | None = None) -> None:
+        self.block_size, self.given = block_size, given
+        self.clear()
+
+    def clear(self) -> None:
+        self.map = None if self.given is None else self.given.each(lambda tensor: tensor[None])
+        self._sealed = 0
+        self.codes: list[tuple[list[int], int, Columns]] = []  # heads, vectors per block, their codes
+        self.estimate = torch.empty(0)
+
+    def tables(self) -> Sequence[Columns]:
+        return [codes for _, _, codes in self.codes]
+
+    @property
+    def sealed(self) -> int:
+        return self._sealed
+
+    def _begin(self, keys: Tensor) -> DigestMap:
+        found = self.map or mean_key_map(keys, self.block_size)
+        found = found.each(lambda tensor: tensor.to(keys.device))
+        if found.keys.shape[1:3] != (keys.shape[1], keys.shape[3]):
+            raise PredictorError(
+                f"got keys of {keys.shape[1]} heads of {keys.shape[3]}, expected {found.keys.shape[1]} of {found.keys.shape[2]}: "
+                "the predictor was trained for another model"
+            )
+        for vectors in sorted(set(found.vectors)):
+            heads = [head for head, own in enumerate(found.vectors) if own == vectors]
+            codes = Columns(after=(vectors * found.keys.shape[3] // 2,), dtype=torch.int8)
+            self.codes.append((heads, vectors, codes))
+        self.map = found
+        return found
+
+    def seal(self, keys: Tensor) -> None:
+        found = self.map if self.codes and self.map is not None else self._begin(keys)
+        centred = keys.float() - found.centre[:, :, None]
+        blocks = keys.shape[2] // self.block_size
+        for heads, vectors, codes in self.codes:
+            projected = centred[:, heads] @ found.keys[:, heads]
+            means = projected.unflatten(2, (blocks, vectors, -1)).mean(4)  # [B, Hn, N, vectors, r]
+            spread = math.sqrt(self.block_size / vectors)  # a mean of n keys is smaller than a key
+            packed = pack(means * spread if self.given is not None else means)
+            stored = codes.reserve(keys.shape[0], len(heads), self._sealed + blocks, keys.device)
+            stored[:, :, self._sealed :] = packed.flatten(3)
+        self._sealed += blocks
+
+    def crop(self, columns: int) -> None:
+        self._sealed = min(self._sealed, max(0, columns - 1))
+        super().crop(self._sealed)
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        if self.map is not None and self.given is None:
+            self.map = self.map.each(lambda tensor: tensor[rows.to(tensor.device)])
+        self.estimate = self.estimate[rows.to(self.estimate.device)] if self.estimate.numel() else self.estimate
+
+    def repeat(self, times: int) -> None:
+        super().repeat(times)
+        if self.map is not None and self.given is None:
+            self.map = self.map.each(lambda tensor: tensor.repeat_interleave(times, 0))
+        self.estimate = self.estimate.repeat_interleave(times, 0) if self.estimate.numel() else self.estimate
+
+    def look(self, query: Tensor, scale: float, selecting: int) -> None:
+        """Estimate for `query` [B, Hq, D] the logarithm of the attention on each sealed block: `estimate` [B, Hs, N].
+
+        It is relative to all sealed blocks, and of the heads that select together it is the sum.
+        """
+        self.estimate = self.shares(query, scale, selecting, self._sealed)
+
+    def shares(self, query: Tensor, scale: float, selecting: int, blocks: int) -> Tensor:
+        """Return `estimate` for `query` [B, Hq, D] and the first `blocks` blocks, without keeping it."""
+        assert self.map is not None
+        batch, kv_heads = query.shape[0], self.map.keys.shape[1]
+        own_selections = selecting // kv_heads  # 1, or G where each query head selects for itself
+        grouped = query.float().view(batch, kv_heads, query.shape[1] // kv_heads, -1)
+        out = torch.empty(batch, kv_heads, own_selections, blocks, device=query.device)
+        for own, vectors, codes in self.codes:
+            spread = math.sqrt(vectors / self.block_size) if self.given is not None else 1.0
+            projected = (grouped[:, own] @ self.map.queries[:, own]) * (scale * spread)
+            stored = codes.view()[:, :, :blocks].unflatten(3, (vectors, -1)).flatten(2, 3).flatten(0, 1)
+            parts = projected.flatten(0, 1).chunk(own_selections, 1)
+            found = torch.stack([digest_shares(part, stored, vectors) for part in parts], 1)
+            out[:, own] = found.unflatten(0, (batch, -1))
+        return out.flatten(1, 2)

@@ -1,0 +1,149 @@
+"""`Memory`: what a policy remembers of one layer, and `Columns`, the growing tensor that memories are made of.
+
+The decode step owns a memory, feeds it, and keeps it consistent with the cache (`crop`, `select`, `repeat`, `clear`);
+the policy that made it reads it. It is fed in this order, once per token (a prompt feeds its last rows at once):
+
+    seal    keys of blocks that have just become full, the only keys a memory ever sees
+    look    the query that attends next (before a selection that may use it) or that attended last (after it)
+    push    the attention row of that query: what it put on the blocks it attended
+
+A memory that has no use for one of these ignores it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+@final
+class Columns:
+    """A tensor [B, Hs, *before, N, *after] whose dimension N, the blocks, grows; new columns hold `fill`."""
+
+    def __init__(
+        self,
+        before: tuple[int, ...] = (),
+        after: tuple[int, ...] = (),
+        fill: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.before, self.after, self.fill, self.dtype = before, after, fill, dtype
+        self.axis = 2 + len(before)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything and release the memory."""
+        self.count = 0
+        self.data = torch.empty(0)
+
+    def reserve(self, batch: int, heads: int, columns: int, device: torch.device) -> Tensor:
+        """Have at least `columns` columns; return the first `columns`."""
+        capacity = self.data.shape[self.axis] if self.data.numel() else 0
+        if columns > capacity:
+            size = columns * 5 // 4 + 16 if capacity else columns + 16
+            shape = (batch, heads, *self.before, size, *self.after)
+            grown = torch.full(shape, self.fill, dtype=self.dtype, device=device)
+            if capacity:
+                grown.narrow(self.axis, 0, self.count).copy_(self.view())
+            self.data = grown
+        self.count = max(self.count, columns)
+        return self.data.narrow(self.axis, 0, columns)
+
+    def view(self) -> Tensor:
+        """Return the columns in use, without copying."""
+        return self.data.narrow(self.axis, 0, self.count)
+
+    def crop(self, columns: int) -> None:
+        """Forget the columns from `columns` on."""
+        if columns < self.count:
+            self.data.narrow(self.axis, columns, self.count - columns).fill_(self.fill)
+            self.count = columns
+
+    def select(self, rows: Tensor) -> None:
+        """Make the batch `rows` of the old one: an index or a boolean mask."""
+        if self.data.numel():
+            self.data = self.data[rows.to(self.data.device)]
+
+    def repeat(self, times: int) -> None:
+        """Repeat each batch row `times` times, side by side."""
+        if self.data.numel():
+            self.data = self.data.repeat_interleave(times, 0)
+
+    def bytes(self) -> int:
+        """Bytes of the columns in use."""
+        return self.view().numel() * self.data.element_size() if self.data.numel() else 0
+
+
+class Memory(ABC):
+    """Interface, and what follows from the list of its tables; concrete memories are final."""
+
+    rows: int = 0
+    """How many of a prompt's last attention rows it wants; 0 means that it takes no rows at all."""
+
+    @abstractmethod
+    def tables(self) -> Sequence[Columns]:
+        """Return everything it remembers per block."""
+
+    def seal(self, keys: Tensor) -> None:
+        """Take in the keys of newly filled blocks, [B, Hkv, whole blocks * P, D], in order."""
+
+    @property
+    def sealed(self) -> int:
+        """Blocks whose keys it has seen; -1 if it wants none."""
+        return -1
+
+    def look(self, query: Tensor, scale: float, selecting: int) -> None:
+        """Take in one query per row, [B, Hq, D], and the scale of its logits, for `selecting` = Hs heads."""
+
+    def push(self, rows: Tensor, attended: Tensor | None = None) -> None:
+        """Take in rows [B, Hs, R, N], oldest first; `attended` is True where a row knows its block, None: everywhere."""
+
+    def push_attended(self, selection: Tensor, maxima: Tensor, blocks: int) -> None:
+        """Take in one row by what was attended: block ids [B, Hs, K], -1 for none, and their maxima, of `blocks` blocks."""
+        # Other blocks stay at -1; column `blocks` takes what id -1 would write.
+        row = maxima.new_full((*selection.shape[:2], blocks + 1), -1.0)
+        row.scatter_(2, selection.masked_fill(selection < 0, blocks), maxima)
+        row = row[:, :, None, :blocks]
+        self.push(row.clamp_min(0.0), row >= 0)
+
+    def watch(self, query: Tensor, keys: Tensor, scale: float) -> None:
+        """Take in a dense call as a whole, query [B, Hq, Q, D] and all keys: for capture, nothing that decodes needs it."""
+
+    @property
+    def is_empty(self) -> bool:
+        """True where it knows nothing to choose by."""
+        return False
+
+    def clear(self) -> None:
+        """Forget the sequence."""
+        for table in self.tables():
+            table.clear()
+
+    def crop(self, columns: int) -> None:
+        """Forget blocks from `columns` on, and that block `columns` - 1 was full (their tokens were removed)."""
+        for table in self.tables():
+            table.crop(columns)
+
+    def select(self, rows: Tensor) -> None:
+        """Make the batch `rows` of the old one (beams)."""
+        for table in self.tables():
+            table.select(rows)
+
+    def repeat(self, times: int) -> None:
+        """Repeat each batch row `times` times."""
+        for table in self.tables():
+            table.repeat(times)
+
+    def bytes(self) -> int:
+        """Bytes it holds."""
+        return sum(table.bytes() for table in self.tables())
+
+
+@final
+class NoMemory(Memory):
+    """For policies that need nothing."""
+
+    def tables(self) -> Sequence[Columns]:
+        return ()

@@ -1,0 +1,160 @@
+"""What choosing costs: one selection per layer and step against the sparse attention call that it serves.
+
+Run `python -m benchmarks.selection`; the last line is one JSON object. A selection is all that a step does besides
+attending: score the digests with the query, forecast or correct, take the best blocks, remember the row. Attention is
+`sparse_decode` over 64 blocks of 16 tokens per kv head. Shape of an 8B model: 32 query heads, 8 kv heads, D = 128.
+
+Theory, 8 kv heads at N blocks: `predicted` reads 16 bytes of codes per vector of a block (one head in eight has a vector
+for every token, the others two for a block) and 8 bytes of peaks, and writes the peaks; the products are 32
+multiplications per vector and query head. That is 10 MB at 128K tokens, 0.2 ms of the 47 GB/s that two cores read.
+
+Layers take turns, so that no data is in a cache from the step before, and attention gets fresh random blocks in every call.
+Variants are interleaved; figures are medians with the quartiles.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnpred.config import CacheConfig
+from attnpred.decode import LayerDecoder
+from attnpred.kernels.dense import AttentionTerms
+from attnpred.kernels.torch import sparse_decode
+from attnpred.policies import Ema, Predicted, Quest
+from attnpred.policies.base import Policy, View
+from attnpred.policies.paper_cnn import PaperForecast
+from attnpred.policies.select import select_blocks, zone_at
+from attnpred.predictor.predictor_config import PredictorConfig
+from attnpred.predictor.pretrained import Predictor
+from attnpred.store.pool import BlockPool
+from attnpred.telemetry import LayerCounts
+
+HEADS, KV_HEADS, DIM, BLOCK, BUDGET, LAYERS = 32, 8, 128, 16, 1024, 3
+CONTEXTS = (4096, 16384, 32768, 65536, 131072)
+CNN_UP_TO = 16384
+
+
+def trained() -> Predictor:
+    """Return a predictor of the trained kind with random projections, one head in eight with a vector per token."""
+    config = PredictorConfig(kind="streaming", layers="0", heads=KV_HEADS, head_dim=DIM, rank=32)
+    predictor = Predictor(config)
+    network = predictor.streaming
+    with torch.no_grad():
+        network.keys.normal_(std=DIM**-0.5)
+        network.queries.normal_(std=DIM**-0.5)
+        network.vectors.copy_(torch.tensor([[16.0] + [2.0] * (KV_HEADS - 1)]))
+    return predictor
+
+
+def policies() -> dict[str, Policy[Any]]:
+    """Return the policies by name."""
+    return {
+        "predicted": Predicted(trained()),
+        "predicted, general": Predicted(Predictor(PredictorConfig(kind="streaming"))),
+        "ema": Ema(),
+        "quest": Quest(),
+        "cnn": PaperForecast(Predictor(PredictorConfig(kind="cnn"))),
+    }
+
+
+class Layer:
+    """One layer with a full cache, and a decoder of every policy."""
+
+    def __init__(self, context: int, chosen: dict[str, Policy[Any]], settings: CacheConfig) -> None:
+        self.pool, self.settings = BlockPool(BLOCK), settings
+        keys = torch.randn(1, KV_HEADS, context, DIM, dtype=torch.bfloat16)
+        self.pool.append(keys, keys)
+        self.zone = zone_at(settings, context)
+        self.decoders = {name: LayerDecoder(settings, policy, LayerCounts()) for name, policy in chosen.items()}
+        rows = torch.rand(1, KV_HEADS, settings.history, self.zone.blocks) ** 8
+        for decoder in self.decoders.values():
+            decoder._seal(self.pool)
+            decoder.memory.push(rows[:, :, -decoder.memory.rows :])
+
+    def choose(self, name: str, query: Tensor, maxima: Tensor) -> Tensor:
+        """Return a selection, as one step would: everything but attention."""
+        decoder = self.decoders[name]
+        decoder.memory.look(query, DIM**-0.5, KV_HEADS)
+        scores = decoder.policy.score(View(decoder.memory, self.zone, 0, True))
+        selection = select_blocks(scores, self.zone)
+        if decoder.memory.rows:
+            decoder._push(query, self.pool, self.zone, selection, maxima, AttentionTerms(DIM**-0.5), None)
+        return selection
+
+    def attend(self, query: Tensor) -> Tensor:
+        """Attend to random blocks."""
+        selection = torch.rand(1, KV_HEADS, self.zone.blocks).topk(BUDGET // BLOCK, -1).indices
+        began = time.perf_counter()
+        sparse_decode(
+            query.bfloat16(), self.pool.keys, self.pool.values, selection, self.pool.length,
+            block_size=BLOCK, scale=DIM**-0.5,
+        )  # fmt: skip
+        self.attention_time = time.perf_counter() - began
+        return selection
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def measure(context: int, rounds: int) -> list[dict[str, Any]]:
+    """Return a row for every variant at `context` tokens."""
+    settings = CacheConfig(budget=BUDGET, dense_layers=0, calibration_interval=0)
+    chosen = {name: policy for name, policy in policies().items() if name != "cnn" or context <= CNN_UP_TO}
+    layers = [Layer(context, chosen, settings) for _ in range(LAYERS)]
+    size = select_blocks(torch.zeros(1, KV_HEADS, layers[0].zone.blocks), layers[0].zone).shape[2]
+    times: dict[str, list[float]] = {name: [] for name in (*chosen, "attention")}
+    for turn in range(rounds + 3):
+        for name in chosen:
+            for layer in layers:
+                query, maxima = torch.randn(1, HEADS, DIM), torch.rand(1, KV_HEADS, size)
+                spent = timed(lambda: layer.choose(name, query, maxima))  # noqa: B023 (called at once)
+                layer.attend(query)
+                if turn >= 3:
+                    times[name].append(spent)
+                    times["attention"].append(layer.attention_time)
+    attention = statistics.median(times["attention"]) * 1e6
+    rows = []
+    for name in chosen:
+        low, middle, high = (x * 1e6 for x in statistics.quantiles(times[name], n=4))
+        state = layers[0].decoders[name].memory.bytes() / layers[0].pool.bytes()
+        rows.append(
+            {
+                "context": context,
+                "kv_heads": KV_HEADS,
+                "variant": name,
+                "us": round(middle, 1),
+                "quartiles": [round(low, 1), round(high, 1)],
+                "attention_us": round(attention, 1),
+                "state_share": round(state, 4),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for context in args.contexts:
+        for row in measure(context, args.rounds):
+            print(
+                f"{row['context']:7d} {row['variant']:20} {row['us']:9.0f} us  attention {row['attention_us']:7.0f} us"
+            )
+            rows.append(row)
+    print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

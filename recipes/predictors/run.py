@@ -1,0 +1,82 @@
+"""Train the predictors that ship with the package: texts, capture, train, copy into the package.
+
+Run `python -m recipes.predictors.run --books FOLDER --work FOLDER`. What is already captured is kept.
+
+demo: digests and weights of its own for every head of the demo LM. general: one set of weights for any model, plain mean
+keys. attention-predictor-cnn: the published network, trained as published (MSE on the next row); only with --cnn.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from tqdm import tqdm
+
+from attnpred.capture import captured
+from attnpred.hf import DEMO_MODEL, fingerprint, load_model
+from attnpred.predictor.streaming_training import StreamingConfig, train_streaming
+from attnpred.predictor.trace_format import TraceMeta
+from attnpred.predictor.traces import TraceWriter
+from attnpred.predictor.training import TrainConfig, train_predictor
+from recipes.demo_lm import corpus
+from recipes.predictors.texts import training_documents
+
+ROWS, BLOCK = 640, 16
+TARGET = DEMO_MODEL.parent / "predictors"
+
+
+def write_traces(model_name: str, books: Path, folder: Path, count: int) -> None:
+    """Capture `count` documents of the model into `folder`."""
+    model, tokenizer = load_model(model_name)
+    train, _ = corpus.read_books(books)
+    writer = None
+    for name, ids in tqdm(training_documents(tokenizer, train, count), "capture", count):
+        if writer is not None and writer.has(name):
+            continue
+        rows = ROWS if ids.shape[1] > 2048 else ROWS - 128
+        found = captured(model, ids, rows, BLOCK)
+        if writer is None:
+            meta = TraceMeta(
+                base_model="attnpred demo LM" if model_name == "demo" else Path(model_name).name,
+                fingerprint=fingerprint(model.config),
+                block_size=BLOCK,
+                layers=found.rows.shape[0],
+                heads=found.rows.shape[1],
+                rows=ROWS,
+                created_by="recipes.predictors",
+                query_heads=found.queries.shape[1],
+                head_dim=found.queries.shape[3],
+                layer_ids=" ".join(map(str, found.layer_ids)),
+                scale=found.scale,
+            )
+            writer = TraceWriter(folder, meta)
+        if not writer.has(name):
+            writer.add(name, found.rows, ids.shape[1] - rows, found.queries, found.keys)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--books", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--texts", type=int, default=84)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--cnn", action="store_true")
+    args = parser.parse_args()
+    traces = args.work / "traces"
+    write_traces("demo", args.books, traces, args.texts)
+    # Sinks and recent window as in the demo (`attnpred.evaluation.comparison.demo_settings`).
+    edges = {"sink_blocks": 1, "recent_blocks": 2}
+    print(train_streaming(traces, args.work / "demo", StreamingConfig(steps=args.steps, **edges)))
+    print(train_streaming(traces, args.work / "general", StreamingConfig(shared=True, **edges)))
+    names = ["demo", "general"]
+    if args.cnn:
+        print(train_predictor(traces, args.work / "attention-predictor-cnn", TrainConfig(**edges)))
+        names.append("attention-predictor-cnn")
+    for name in names:
+        (TARGET / name).mkdir(parents=True, exist_ok=True)
+        for file in ("model.safetensors", "config.json", "README.md"):
+            shutil.copyfile(args.work / name / file, TARGET / name / file)
+
+
+if __name__ == "__main__":
+    main()

@@ -38,9 +38,10 @@ bench: $(READY) ## decode speed against the dense paths
 results: $(READY) ## run the demo for several policies into docs/results/demo.json
 	$(PY) -m tools.demo_results
 
-docs: $(READY) ## rewrite docs/cli.md and the table of README.md
+docs: $(READY) ## rewrite what is generated: docs/cli.md, the tables of README.md and docs/predictor.md
 	$(PY) -m tools.docs_cli
 	$(PY) -m tools.readme_table
+	$(PY) -m tools.recovery_tables
 
 lock: $(READY) ## rewrite requirements.lock; UPGRADE=1 moves to the newest versions
 	$(PY) -m pip install --quiet --disable-pip-version-check uv

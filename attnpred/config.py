@@ -1,7 +1,8 @@
 """`CacheConfig`: every setting of a compressed cache, frozen and validated when made.
 
 Defaults are the published ones of AttentionPredictor (arXiv 2502.04077): blocks of 16 tokens, 64 sink and 64 recent
-tokens, 64 history rows, a dense history row every fifth step, the first two layers dense, a budget of 1024 tokens.
+tokens, 64 history rows, the first two layers dense, a budget of 1024 tokens. How often a history is calibrated is
+left to the policy: the published one takes a dense row every fifth step, digests need none (docs/predictor.md).
 """
 
 import math
@@ -20,7 +21,8 @@ class CacheConfig:
     num_sink_tokens, recent_window: always attended; multiples of `block_size`. The recent window is kept in whole
         blocks, so up to one block more than it is attended.
     history: H, rows of past attention a policy may look at.
-    calibration_interval: every this many decode steps the history gets a dense row, which reads all keys; 0 is never.
+    calibration_interval: every this many decode steps the memory gets a dense row, which reads all keys; 0 is never, None
+        what the policy was made for.
     dense_layers: the first layers, which stay dense.
     late_share: how much of a selection may be blocks that the forecast missed and the query of the step asks for: they
         have to be fetched late. 0 keeps to the forecast; None is for a cache that lies in fast memory altogether, where
@@ -37,7 +39,7 @@ class CacheConfig:
     num_sink_tokens: int = 64
     recent_window: int = 64
     history: int = 64
-    calibration_interval: int = 5
+    calibration_interval: int | None = None
     dense_layers: int = 2
     late_share: float | None = None
     hysteresis: float = 0.0
@@ -56,6 +58,8 @@ class CacheConfig:
             ("dense_layers", 0),
         ):
             value = getattr(self, name)
+            if name == "calibration_interval" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"got {name}={value!r}, expected a whole number of at least {least}")
         for name in ("num_sink_tokens", "recent_window"):

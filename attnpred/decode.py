@@ -33,6 +33,8 @@ class LayerDecoder:
         self.config, self.policy, self.counts, self.layer = config, policy, counts, layer
         self.memory: Any = policy.memory(config, layer)
         self.corrects = policy.needs_query or (policy.corrects and config.late_share != 0)
+        wanted = config.calibration_interval
+        self.interval = policy.calibration if wanted is None else wanted
         self.forecasts = not policy.needs_query and not (policy.corrects and config.late_share is None)
         self.clear()
 
@@ -108,6 +110,7 @@ class LayerDecoder:
             mask=mask,
         )
         self._count(query, pool, zone, selection, terms, mask)
+        self.counts.digest_bytes += self.memory.look_bytes()
         self.steps += 1
         self.attended = zone, selection
         if not is_current:
@@ -134,7 +137,7 @@ class LayerDecoder:
         mask: Tensor | None,
     ) -> None:
         """Give the memory this step's row: true every `calibration_interval` steps, else what was attended."""
-        interval = self.config.calibration_interval
+        interval = self.interval
         if interval and self.steps % interval == 0:
             self.counts.calibration_bytes += pool.key_bytes()
             every = None if mask is None else mask[:, None]

@@ -1,8 +1,9 @@
 """What a cache really read, counted where it is read, from the shapes of the tensors that were gathered.
 
 One `LayerCounts` per layer. Bytes count keys and values of the decode steps; a true row (for calibration, or for the
-oracle) reads keys only and is counted apart. Dense decode steps are counted with their reason; only those in
-`FALLBACKS` are fallbacks, the others are what the settings ask for.
+oracle) reads keys only and is counted apart, and so are the digests of the blocks, which are read in every step. Dense
+decode steps are counted with their reason; only those in `FALLBACKS` are fallbacks, the others are what the settings
+ask for.
 """
 
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class LayerCounts:
     blocks_selected: int = 0
     bytes_read: int = 0
     calibration_bytes: int = 0
+    digest_bytes: int = 0
     full_bytes: int = 0
     dense: dict[str, int] = field(default_factory=dict)
     recovery: Tensor | float = 0.0
@@ -75,7 +77,7 @@ class LayerCounts:
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, averages per decode step."""
         steps = max(1, self.steps)
-        read = self.bytes_read + self.calibration_bytes
+        read = self.bytes_read + self.calibration_bytes + self.digest_bytes
         result: dict[str, Any] = {
             "steps": self.steps,
             "sparse_steps": self.sparse_steps,
@@ -84,6 +86,7 @@ class LayerCounts:
             "blocks_selected": self.blocks_selected / max(1, self.sparse_steps),
             "bytes_read": self.bytes_read,
             "calibration_bytes": self.calibration_bytes,
+            "digest_bytes": self.digest_bytes,
             "full_bytes": self.full_bytes,
             "compression": self.full_bytes / read if read else 1.0,
             "dense": dict(self.dense),
@@ -103,7 +106,16 @@ def total(layers: list[LayerCounts]) -> LayerCounts:
     for layer in layers:
         for name in ("steps", "sparse_steps", "context_tokens", "tokens_attended", "blocks_selected", "bytes_read"):
             setattr(result, name, getattr(result, name) + getattr(layer, name))
-        for name in ("calibration_bytes", "full_bytes", "recovery", "best", "measured", "late", "chosen"):
+        for name in (
+            "calibration_bytes",
+            "digest_bytes",
+            "full_bytes",
+            "recovery",
+            "best",
+            "measured",
+            "late",
+            "chosen",
+        ):
             setattr(result, name, getattr(result, name) + getattr(layer, name))
         for reason, count in layer.dense.items():
             result.dense[reason] = result.dense.get(reason, 0) + count

@@ -5,8 +5,13 @@ attending: score the digests with the query, forecast or correct, take the best 
 `sparse_decode` over 64 blocks of 16 tokens per kv head. Shape of an 8B model: 32 query heads, 8 kv heads, D = 128.
 
 Theory, 8 kv heads at N blocks: `predicted` reads 16 bytes of codes per vector of a block (one head in eight has a vector
-for every token, the others two for a block) and 8 bytes of peaks, and writes the peaks; the products are 32
-multiplications per vector and query head. That is 10 MB at 128K tokens, 0.2 ms of the 47 GB/s that two cores read.
+for every token, the others two for a block: 60 bytes per block and head on average), reads and writes 8 bytes of peaks
+twice and 4 bytes of estimate and score a few times. That is 4 MB of codes and 2 MB of the rest at 128K tokens: `floor`, the
+time that reading as many bytes takes in one sum, is what no program can beat. The products are 32 multiplications per
+vector and query head, and a power of two: about 40 instructions for four vectors and four queries where 64 bytes fit a
+register.
+
+`predicted, torch only` is the same without numba, `predicted, general` has mean keys for digests (rank = D).
 
 Layers take turns, so that no data is in a cache from the step before, and attention gets fresh random blocks in every call.
 Variants are interleaved; figures are medians with the quartiles.
@@ -17,11 +22,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnpred import kernels
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.kernels.dense import AttentionTerms
@@ -56,6 +63,7 @@ def policies() -> dict[str, Policy[Any]]:
     """Return the policies by name."""
     return {
         "predicted": Predicted(trained()),
+        "predicted, torch only": Predicted(trained()),
         "predicted, general": Predicted(Predictor(PredictorConfig(kind="streaming"))),
         "ema": Ema(),
         "quest": Quest(),
@@ -76,9 +84,13 @@ class Layer:
         for decoder in self.decoders.values():
             decoder._seal(self.pool)
             decoder.memory.push(rows[:, :, -decoder.memory.rows :])
+        self.codes = torch.ones(self.decoders["predicted"].memory.bytes() // 8, dtype=torch.int64)  # as many bytes
 
     def choose(self, name: str, query: Tensor, maxima: Tensor) -> Tensor:
         """Return a selection, as one step would: everything but attention."""
+        if name == "floor":
+            return self.codes.sum()
+        use_backend("torch" if name.endswith("torch only") else kernels.DIGEST)
         decoder = self.decoders[name]
         decoder.memory.look(query, DIM**-0.5, KV_HEADS)
         scores = decoder.policy.score(View(decoder.memory, self.zone, 0, True))
@@ -99,6 +111,13 @@ class Layer:
         return selection
 
 
+def use_backend(name: str) -> None:
+    """Have the kernels of one backend called, by the tables of `attnpred.kernels`."""
+    kernels.digest_shares = kernels.DIGEST_BACKENDS[name]
+    for function, found in kernels.STREAM_BACKENDS[name].items():
+        setattr(kernels, function, found)
+
+
 def timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
@@ -106,15 +125,17 @@ def timed(call: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def measure(context: int, rounds: int) -> list[dict[str, Any]]:
+def measure(context: int, rounds: int, only: list[str] | None = None) -> list[dict[str, Any]]:
     """Return a row for every variant at `context` tokens."""
     settings = CacheConfig(budget=BUDGET, dense_layers=0, calibration_interval=0)
     chosen = {name: policy for name, policy in policies().items() if name != "cnn" or context <= CNN_UP_TO}
+    chosen = {name: policy for name, policy in chosen.items() if not only or name in ("predicted", *only)}
     layers = [Layer(context, chosen, settings) for _ in range(LAYERS)]
     size = select_blocks(torch.zeros(1, KV_HEADS, layers[0].zone.blocks), layers[0].zone).shape[2]
-    times: dict[str, list[float]] = {name: [] for name in (*chosen, "attention")}
+    names = (*chosen, "floor")
+    times: dict[str, list[float]] = {name: [] for name in (*names, "attention")}
     for turn in range(rounds + 3):
-        for name in chosen:
+        for name in names:
             for layer in layers:
                 query, maxima = torch.randn(1, HEADS, DIM), torch.rand(1, KV_HEADS, size)
                 spent = timed(lambda: layer.choose(name, query, maxima))  # noqa: B023 (called at once)
@@ -124,9 +145,9 @@ def measure(context: int, rounds: int) -> list[dict[str, Any]]:
                     times["attention"].append(layer.attention_time)
     attention = statistics.median(times["attention"]) * 1e6
     rows = []
-    for name in chosen:
+    for name in names:
         low, middle, high = (x * 1e6 for x in statistics.quantiles(times[name], n=4))
-        state = layers[0].decoders[name].memory.bytes() / layers[0].pool.bytes()
+        state = layers[0].decoders["predicted" if name == "floor" else name].memory.bytes() / layers[0].pool.bytes()
         rows.append(
             {
                 "context": context,
@@ -145,15 +166,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
+    parser.add_argument("--out", type=Path, help="Write the last line there too.")
+    parser.add_argument("--variants", nargs="*", help="Only these.")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for context in args.contexts:
-        for row in measure(context, args.rounds):
+        for row in measure(context, args.rounds, args.variants):
             print(
-                f"{row['context']:7d} {row['variant']:20} {row['us']:9.0f} us  attention {row['attention_us']:7.0f} us"
+                f"{row['context']:7d} {row['variant']:22} {row['us']:9.0f} us  attention {row['attention_us']:7.0f} us"
             )
             rows.append(row)
-    print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}))
+    about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": kernels.DIGEST}
+    found = json.dumps({**about, "rows": rows})
+    if args.out:
+        args.out.write_text(found + "\n", encoding="utf-8")
+    print(found)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import pytest
 
 from attnpred.config import CacheConfig
 from attnpred.errors import AttnpredError, ConfigError
+from attnpred.policies.paper_cnn import PaperForecast
+from attnpred.policies.predicted import Predicted
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,8 @@ def test_bad_settings_are_named(settings: dict[str, object], message: str) -> No
 def test_defaults_are_the_published_ones() -> None:
     config = CacheConfig()
     assert (config.block_size, config.num_sink_tokens, config.recent_window, config.history) == (16, 64, 64, 64)
-    assert (config.calibration_interval, config.dense_layers, config.budget) == (5, 2, 1024)
+    assert (config.calibration_interval, config.dense_layers, config.budget) == (None, 2, 1024)
+    assert (PaperForecast.calibration, Predicted.calibration) == (5, 0)
 
 
 def test_a_share_is_taken_of_the_context_and_never_too_small() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import docs_cli, readme_table
+from tools import docs_cli, readme_table, recovery_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +24,10 @@ def test_cli_reference_is_current() -> None:
 
 def test_readme_table_is_current() -> None:
     assert readme_table.main(["--check"]) == 0
+
+
+def test_the_tables_of_the_predictor_page_are_current() -> None:
+    assert recovery_tables.main(["--check"]) == 0
 
 
 def test_readme_has_code() -> None:

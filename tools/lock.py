@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
-HEADER = "# Written by `make lock` from pyproject.toml (core, plot, dev). Do not edit.\n"
+HEADER = "# Written by `make lock` from pyproject.toml (core, plot, fast, dev). Do not edit.\n"
 LEFT_TO_TORCH = re.compile(r"(nvidia|cuda)-|triton==")
 OTHER_PLATFORM = "sys_platform == 'emscripten'"
 
@@ -25,7 +25,20 @@ def wanted(line: str) -> bool:
 
 def main() -> int:
     """Write the lock; return the exit code."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "plot", "--extra", "dev"]
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "compile",
+        "pyproject.toml",
+        "--extra",
+        "plot",
+        "--extra",
+        "fast",
+        "--extra",
+        "dev",
+    ]
     command += ["--universal", "--python-version", "3.10", "--no-header", "--no-annotate", "--quiet", "--no-config"]
     command += ["--output-file", LOCK.name, *sys.argv[1:]]  # uv keeps the pins it finds in the output file
     code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode

@@ -12,7 +12,9 @@ def demo(
     policy: Annotated[str, typer.Option(help="Which policy chooses (see `attnpred info`).")] = "predicted",
     documents: Annotated[int, typer.Option(min=1, help="Texts with planted facts.")] = 5,
     steps: Annotated[int, typer.Option(min=2, help="Tokens of the continuation.")] = 256,
-    calibration: Annotated[int, typer.Option(help="A dense history row every this many steps; 0 is never.")] = 32,
+    calibration: Annotated[
+        int, typer.Option(help="A true attention row every this many steps, which reads all keys; 0: never.")
+    ] = 0,
     dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 0,
     text: Annotated[Path | None, typer.Option(help="A text of your own instead of the embedded book.")] = None,
     figure: Annotated[
@@ -25,10 +27,11 @@ def demo(
     import json
     import sys
 
+    from attnpred.config import CacheConfig
     from attnpred.errors import ConfigError
     from attnpred.evaluation.book import demo_book
-    from attnpred.evaluation.comparison import Plan, compare, demo_settings
-    from attnpred.hf import load_model
+    from attnpred.evaluation.comparison import Plan, compare, demo_settings, digest_share
+    from attnpred.hf import load_model, make_policy
 
     if text is not None and not text.is_file():
         raise ConfigError(f"got {text}, expected a text file")
@@ -38,7 +41,9 @@ def demo(
     book = demo_book() if text is None else text.read_text(encoding="utf-8", errors="replace")
     plan = Plan(context=context, documents=documents, steps=steps, seed=seed)
     layers = int(model.config.num_hidden_layers)
-    settings = demo_settings(context, compression, calibration, dense_layers, layers)
+    chooses = make_policy(policy, None, model.config, CacheConfig())
+    digests = digest_share(model.config, chooses, next(model.parameters()).element_size())
+    settings = demo_settings(context, compression, calibration, dense_layers, layers, digests)
     result = compare(
         model,
         tokenizer,

@@ -20,7 +20,10 @@ def generate(
     num_sink_tokens: Annotated[int, typer.Option(help="First tokens, always attended.")] = 64,
     recent_window: Annotated[int, typer.Option(help="Last tokens, always attended.")] = 64,
     block_size: Annotated[int, typer.Option(help="Tokens of a block.")] = 16,
-    calibration: Annotated[int, typer.Option(help="A dense history row every this many steps; 0 is never.")] = 5,
+    calibration: Annotated[
+        int | None,
+        typer.Option(help="A dense row every this many steps; 0: never; left out: what the policy asks for."),
+    ] = None,
     dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 2,
     strict: Annotated[bool, typer.Option(help="Fail rather than fall back to dense attention.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print what was read, to stderr.")] = False,
@@ -81,7 +84,7 @@ def generate(
         for layer in [*counters["layers"], total | {"layer": "all"}]:
             print(
                 f"layer {layer['layer']:>3}: attended {layer['tokens_attended']:.0f} of {layer['context_tokens']:.0f} tokens per step, "
-                f"read {layer['bytes_read'] + layer['calibration_bytes']:,} of {layer['full_bytes']:,} KV bytes "
+                f"read {layer['bytes_read'] + layer['calibration_bytes'] + layer['digest_bytes']:,} of {layer['full_bytes']:,} KV bytes "
                 f"({layer['compression']:.1f}x less), dense {layer['dense'] or 'never'}",
                 file=sys.stderr,
             )

@@ -21,7 +21,7 @@ def info(
 def collect() -> dict[str, Any]:
     """Return what the command shows, ready for JSON."""
     from attnpred.evaluation import TASKS
-    from attnpred.kernels import BACKENDS
+    from attnpred.kernels import BACKENDS, DIGEST, DIGEST_BACKENDS
     from attnpred.policies import POLICIES
     from attnpred.store import STORES
 
@@ -30,6 +30,10 @@ def collect() -> dict[str, Any]:
         "devices": _devices(),
         "policies": {name: _first_line(policy) for name, policy in POLICIES.items()},
         "kernels": {name: _first_line(backend) for name, backend in BACKENDS.items()},
+        "selection kernels": {
+            name: _first_line(backend) + (" (in use)" if name == DIGEST else "")
+            for name, backend in DIGEST_BACKENDS.items()
+        },
         "stores": {name: _first_line(store) for name, store in STORES.items()},
         "tasks": {name: _first_line(task) for name, task in TASKS.items()},
         "predictors": _predictors(),

@@ -8,47 +8,68 @@ import typer
 
 def train(
     traces: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of traces, written by `attnpred capture`.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the predictor; an interrupted run there is resumed.")],
-    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 1500,
-    batch: Annotated[int, typer.Option(help="Windows per query; a step takes four queries.")] = 16,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam, at first; it falls.")] = 3e-4,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the predictor.")],
+    predictor: Annotated[
+        str,
+        typer.Option(help="streaming: digests and peaks; general: the same, shared by all heads; cnn: as published."),
+    ] = "streaming",
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser; 0: 600 for streaming, 1500 for cnn.")] = 0,
+    rank: Annotated[int, typer.Option(help="Directions that a digest keeps (streaming).")] = 32,
+    batch: Annotated[int, typer.Option(help="Windows per query; a step takes four queries (cnn).")] = 16,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam, at first; it falls (cnn).")] = 3e-4,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the split and the order.")] = 0,
-    history: Annotated[int, typer.Option(help="Rows of past attention that the predictor sees.")] = 64,
+    history: Annotated[int, typer.Option(help="Rows of past attention that a prompt gives.")] = 64,
     sink_tokens: Annotated[int, typer.Option(help="First tokens, always attended and not scored.")] = 64,
     recent_tokens: Annotated[int, typer.Option(help="Last tokens, always attended and not scored.")] = 64,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to train the cnn: cpu, cuda, ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
-    """Train a predictor on captured attention; progress goes to stderr."""
+    """Train a predictor on captured attention; progress goes to stderr. An interrupted run of the cnn is resumed."""
     import dataclasses
     import json
 
     from attnpred.errors import ConfigError
+    from attnpred.predictor.streaming_training import StreamingConfig, train_streaming
     from attnpred.predictor.traces import TraceReader
     from attnpred.predictor.training import TrainConfig, train_predictor
 
+    if predictor not in ("streaming", "general", "cnn"):
+        raise ConfigError(f"got --predictor {predictor!r}, expected streaming, general or cnn")
     block_size = TraceReader(traces).meta.block_size
     for name, tokens in (("--sink-tokens", sink_tokens), ("--recent-tokens", recent_tokens)):
         if tokens % block_size:
             raise ConfigError(f"got {name} {tokens}, expected a multiple of the traces' block size {block_size}")
-    config = TrainConfig(
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        history=history,
-        sink_blocks=sink_tokens // block_size,
-        recent_blocks=recent_tokens // block_size,
-        seed=seed,
-    )
-    result = train_predictor(traces, out, config, device=device)
-    if as_json:
-        print(json.dumps({**dataclasses.asdict(result), "out": str(out)}))
+    sinks, recent = sink_tokens // block_size, recent_tokens // block_size
+    if predictor == "cnn":
+        config = TrainConfig(
+            steps=steps or 1500, batch=batch, lr=lr, history=history, seed=seed, sink_blocks=sinks, recent_blocks=recent
+        )
+        result = train_predictor(traces, out, config, device=device)
+        if as_json:
+            print(json.dumps({**dataclasses.asdict(result), "out": str(out)}))
+            return
+        shares = result.recovery
+        print(
+            f"{out}: {result.parameters:,} parameters, {result.steps} steps, {result.seconds:.0f} s, "
+            f"training loss {result.train_loss:.3e}\n"
+            f"recovered on held-out documents: {shares['cnn']:.4f} (step {result.best_step}); "
+            f"EMA of the rows {shares['ema']:.4f}, last row {shares['last_step']:.4f}"
+        )
         return
-    shares = result.recovery
-    print(
-        f"{out}: {result.parameters:,} parameters, {result.steps} steps, {result.seconds:.0f} s, training loss {result.train_loss:.3e}"
+    settings = StreamingConfig(
+        steps=steps or 600,
+        rank=rank,
+        history=history,
+        seed=seed,
+        sink_blocks=sinks,
+        recent_blocks=recent,
+        shared=predictor == "general",
     )
-    print(
-        f"recovered on held-out documents: {shares['cnn']:.4f} (step {result.best_step}); "
-        f"EMA of the rows {shares['ema']:.4f}, last row {shares['last_step']:.4f}"
-    )
+    found = train_streaming(traces, out, settings)
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(found), "out": str(out)}))
+        return
+    print(f"{out}: {found.parameters:,} parameters, {found.seconds:.0f} s")
+    print("recovered on held-out documents, by budget:")
+    for budget, share in found.forecast.items():
+        print(f"  {budget}  forecast {share:.4f}, corrected {found.correction[budget]:.4f}")

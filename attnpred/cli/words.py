@@ -1,5 +1,6 @@
 """Lists on the command line."""
 
+import math
 import re
 
 from attnpred.errors import ConfigError
@@ -19,6 +20,9 @@ def words(text: str) -> list[str]:
 def floats(name: str, text: str) -> list[float]:
     """Split a list of numbers."""
     try:
-        return [float(part) for part in re.split(r"[,\s]+", text.strip())]
+        found = [float(part) for part in re.split(r"[,\s]+", text.strip())]
+        if not all(map(math.isfinite, found)):
+            raise ValueError
+        return found
     except ValueError:
         raise ConfigError(f"got {name} {text!r}, expected numbers with commas between them") from None

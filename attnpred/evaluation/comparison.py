@@ -110,7 +110,7 @@ def _row(correct: int, total: int, continued: Continuation, stats: dict[str, Any
         "correct": correct,
         "total": total,
         "bits_per_byte": continued.bits_per_byte,
-        "read_bytes_per_step": (stats["bytes_read"] + stats["calibration_bytes"]) / steps,
+        "read_bytes_per_step": (stats["bytes_read"] + stats["calibration_bytes"] + stats["digest_bytes"]) / steps,
         "tokens_attended": stats["tokens_attended"],
         "ms_per_token": continued.ms_per_token,
     }
@@ -161,17 +161,34 @@ def _busiest_head(true: Tensor, settings: CacheConfig) -> tuple[int, int]:
     return settings.dense_layers + int(mass.argmax()) // true.shape[1], int(mass.argmax()) % true.shape[1]
 
 
-def demo_settings(context: int, compression: float, calibration: int, dense_layers: int, layers: int) -> CacheConfig:
-    """Return settings whose reads, dense layers and calibration included, are 1/`compression` of all KV.
+def digest_share(model_config: Any, policy: Policy[Any], item_size: int, block_size: int = 16) -> float:
+    """Return the bytes of digests that a step of `policy` reads per byte of KV, whose numbers have `item_size` bytes."""
+    text = model_config.get_text_config(decoder=True)
+    heads, layers = text.num_key_value_heads, text.num_hidden_layers
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    read = 0
+    for layer in range(layers):
+        memory = policy.memory(CacheConfig(block_size=block_size), layer)
+        if memory.sealed >= 0:
+            memory.seal(torch.zeros(1, heads, block_size, dim, dtype={4: torch.float32, 2: torch.float16}[item_size]))
+            read += memory.look_bytes()
+    return read / (layers * heads * block_size * dim * 2 * item_size)
 
-    A dense layer reads all of its KV; a calibration row reads all keys, half of a layer's KV, every `calibration` steps.
+
+def demo_settings(
+    context: int, compression: float, calibration: int, dense_layers: int, layers: int, digests: float = 0.0
+) -> CacheConfig:
+    """Return settings whose reads, dense layers, digests and calibration included, are 1/`compression` of all KV.
+
+    A dense layer reads all of its KV; a calibration row reads all keys, half of a layer's KV, every `calibration` steps;
+    `digests` is the share of a sparse layer's KV that its digests take, which are read in every step.
     """
     block, sink, recent = 16, 16, 32
     if not compression > 1:
         raise ConfigError(f"got compression={compression}, expected more than 1")
     share = 1 / compression - dense_layers / layers
     sparse = 1 - dense_layers / layers
-    tokens = int(context * (share / sparse - (0.5 / calibration if calibration else 0))) if sparse > 0 else 0
+    tokens = int(context * (share / sparse - (0.5 / calibration if calibration else 0) - digests)) if sparse > 0 else 0
     # The first continuation steps read the least; one token more of context must not cost a block more than planned.
     budget = tokens // block * block
     least = CacheConfig(budget=1.0, num_sink_tokens=sink, recent_window=recent).smallest_budget

@@ -23,6 +23,7 @@ from attnpred.kernels.dense import AttentionTerms
 from attnpred.policies.base import Policy
 from attnpred.predictor.block_truth import block_truth
 from attnpred.predictor.traces import Vectors
+from attnpred.shapes import num_blocks
 from attnpred.store.pool import BlockPool
 from attnpred.telemetry import LayerCounts, total
 
@@ -78,6 +79,12 @@ def measure(documents: Sequence[Document], policy: Policy[Any], settings: CacheC
     """Replay `documents`, all of one length, with `policy`; the first `settings.history` rows are the prompt's."""
     if len({document.length for document in documents}) != 1:
         raise ConfigError("got documents of several lengths, expected one: measure them apart")
+    _, _, steps, blocks = documents[0].mass.shape
+    if num_blocks(documents[0].length, settings.block_size) != blocks or settings.history >= steps:
+        raise ConfigError(
+            f"got block_size={settings.block_size} and history={settings.history} for documents of {blocks} blocks and "
+            f"{steps} rows, expected the block size they were read with, and fewer rows: leave both as they are"
+        )
     found = [_layer(documents, layer, policy, settings) for layer in range(len(documents[0].layer_ids))]
     kept, best, hits, new, ratios = (torch.stack(columns, 1) for columns in zip(*(x[0] for x in found), strict=True))
     counts = total([x[1] for x in found])

@@ -51,7 +51,10 @@ def _tokens(tokenizer: Any, kind: str, length: int, place: float, rng: random.Ra
     if kind == "facts":
         book = demo_book()
         size = min(len(book), 6 * length)
-        return book_with_facts(tokenizer, book[int(place * (len(book) - size)) :][: size + 4000], rng, length)
+        ids = book_with_facts(tokenizer, book[int(place * (len(book) - size)) :][: size + 4000], rng, length)
+        if len(ids) < length:
+            raise ConfigError(f"got a book of {len(ids)} tokens, expected at least {length}: use shorter documents")
+        return ids
     if kind == "table":
         return list(tokenizer(number_table(rng, 2 * length), verbose=False)["input_ids"][:length])
     text = {"book": demo_book, "code": program_text}.get(kind, lambda: _read(kind))()
@@ -106,6 +109,7 @@ def _figures(result: Recovery, places: list[int], total: int) -> dict[str, Any]:
         "late_share": result.late if len(places) == total else None,
         "state_share": result.state,
         "by_head": (kept.mean(0) / best.mean(0)).tolist(),
+        "recovery_by_head": kept.mean(0).tolist(),
         "by_position": [float(quarter.mean()) for quarter in quarters],
         "documents": by_document.tolist(),
     }

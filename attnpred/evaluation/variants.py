@@ -29,7 +29,10 @@ class Variant:
         """Return the policy, and `settings` with this variant's own."""
         own = dataclasses.replace(settings, **self.settings)
         policy: Any = hf.make_policy(self.name, self.predictor, model_config, own)
-        return (dataclasses.replace(policy, **self.fields) if self.fields else policy), own
+        try:
+            return (dataclasses.replace(policy, **self.fields) if self.fields else policy), own
+        except TypeError:  # a word where a number belongs
+            raise ConfigError(f"got policy {self.label!r}, expected numbers for {', '.join(self.fields)}") from None
 
 
 def parse_variant(word: str) -> Variant:
@@ -40,11 +43,11 @@ def parse_variant(word: str) -> Variant:
     fields: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     predictor = None
-    known = set(POLICIES[name].__dataclass_fields__) - {"predictor"}  # type: ignore[attr-defined]
+    known = {field.name for field in dataclasses.fields(POLICIES[name])} - {"predictor"}  # type: ignore[arg-type]
     for part in rest.split(",") if rest else []:
         key, equals, text = part.partition("=")
         value = _value(text)
-        if key == "predictor":
+        if equals and key == "predictor":
             predictor = text
         elif equals and key in known:
             fields[key] = value

@@ -1,11 +1,53 @@
-"""Attention over selected blocks, as pure functions of tensors.
+"""Attention over selected blocks and the scoring of digests, as pure functions of tensors.
 
 `reference` is slow, in fp32, and the definition of correct; every other backend has the same function with the same
-signature and is tested against it. To add a backend: one file here, one line in `BACKENDS`.
+signature and is tested against it. To add a backend: one file here, one line in one of the tables below.
+
+`digest_shares`, `weigh`, `remember` and `best` are those in use, `DIGEST` is their backend: chosen once, by whether numba
+is installed.
 """
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
-from attnpred.kernels import reference, torch
+from torch import Tensor
+
+from attnpred.kernels import digest, reference, stream, torch
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": torch}
+
+
+def numba_digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
+    """One pass over the codes, compiled by numba at first use (extra `fast`)."""
+    from attnpred.kernels import numba_digest  # numba is loaded when it is used, not before
+
+    return numba_digest.digest_shares(query, codes, vectors)
+
+
+def _numba_stream(name: str) -> Callable[..., Any]:
+    """Return the function `name` of `numba_stream`, which is loaded when it is first called."""
+
+    def call(*arguments: Any) -> Any:
+        from attnpred.kernels import numba_stream
+
+        return getattr(numba_stream, name)(*arguments)
+
+    return call
+
+
+DIGEST_BACKENDS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "reference": digest.digest_shares_reference,
+    "torch": digest.digest_shares,
+    "numba": numba_digest_shares,
+}
+DIGEST = "numba" if find_spec("numba") else "torch"
+digest_shares = DIGEST_BACKENDS[DIGEST]
+
+STREAM = ("weigh", "remember", "best")
+STREAM_BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
+    "torch": {name: getattr(stream, name) for name in STREAM},
+    "numba": {name: _numba_stream(name) for name in STREAM},
+}
+weigh, remember, best = (STREAM_BACKENDS[DIGEST][name] for name in STREAM)

@@ -53,7 +53,8 @@ def digest_shares_reference(query: Tensor, codes: Tensor, vectors: int) -> Tenso
 
 def digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
     """Same as `digest_shares_reference`, with int8 products where the device has them; the codes of an X are contiguous."""
-    if codes.device.type != "cpu":  # int8 products elsewhere ask for sizes that a decode step does not have
+    # Elsewhere int8 products ask for sizes that a decode step does not have; of single bytes torch's are wrong (2.13).
+    if codes.device.type != "cpu" or codes.shape[-1] == 1:
         return digest_shares_reference(query, codes, vectors)
     half, group = codes.shape[-1], query.shape[1]
     low, high = query.float().mul(STEP).split(half, -1)

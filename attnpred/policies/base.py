@@ -41,6 +41,8 @@ class Policy(ABC, Generic[M]):
     """Every selection is made inside the step, from its own query, so nothing can be prefetched."""
     corrects: ClassVar[bool] = False
     """A forecast made before the step can be corrected inside it, from its own query."""
+    calibration: ClassVar[int] = 0
+    """Every how many steps it wants a true row, unless the settings say otherwise; 0 is never."""
     is_dense: ClassVar[bool] = False
     """Every step attends to everything."""
 

@@ -4,7 +4,7 @@ The published CNN, once trained, behaves much like a recency-weighted average pe
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ class Ema(Policy[Average]):
     """Score a block by state <- (1 - rate) * state + rate * row; blocks outside the selection count as zero."""
 
     rate: float = 0.2
+    calibration: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:

@@ -1,7 +1,7 @@
 """`last_step`: what mattered for the last token matters for the next. The forecast that costs nothing."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from attnpred.predictor.average import Average
 @dataclass(frozen=True, slots=True)
 class LastStep(Policy[Average]):
     """Score a block by its largest probability in the last row."""
+
+    calibration: ClassVar[int] = 5
 
     def memory(self, config: CacheConfig, layer: int) -> Average:
         return Average(0.0, 1.0, 1)

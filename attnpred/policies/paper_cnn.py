@@ -6,7 +6,7 @@ It runs as policy `predicted` with `predictor="attention-predictor-cnn"`.
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class PaperForecast(Policy[IncrementalCNN]):
     """Score a block by the network's forecast of its next value."""
 
     predictor: Predictor
+    calibration: ClassVar[int] = 5
 
     def memory(self, config: CacheConfig, layer: int) -> IncrementalCNN:
         return IncrementalCNN(self.predictor.cnn, config.history)

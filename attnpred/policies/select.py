@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnpred import kernels
 from attnpred.config import CacheConfig
 from attnpred.shapes import num_blocks
 
@@ -52,19 +53,17 @@ def select_blocks(scores: Tensor, zone: Zone, first_block: Tensor | None = None)
     scores [B, Hs, N]; first_block [B] is the block in which each row begins (left padding), whose sinks lie there.
     """
     batch, heads, _ = scores.shape
-    ids = torch.arange(zone.blocks, device=scores.device)
-    start = torch.zeros(1, dtype=torch.long, device=scores.device) if first_block is None else first_block
-    sinks = (start[:, None] + ids[: zone.sinks])[:, None].expand(batch, heads, -1)
-    sinks = sinks.masked_fill(sinks >= zone.first_recent, -1) if first_block is not None else sinks
-    recent = ids[zone.first_recent :].expand(batch, heads, -1)
+    recent = torch.arange(zone.first_recent, zone.blocks, device=scores.device).expand(batch, heads, -1)
+    sinks = torch.arange(zone.sinks, device=scores.device).expand(batch, heads, -1)
     candidates = scores[..., zone.sinks : zone.first_recent]
-    if first_block is not None:
-        early = ids[zone.sinks : zone.first_recent] < start[:, None] + zone.sinks
-        candidates = candidates.masked_fill(early[:, None], -torch.inf)
-    best = candidates.topk(zone.free, -1, sorted=False)
-    chosen = best.indices + zone.sinks
-    if first_block is not None:
-        chosen = chosen.masked_fill(best.values == -torch.inf, -1)
+    if first_block is None:
+        return torch.cat((sinks, kernels.best(candidates, zone.free) + zone.sinks, recent), -1)
+    sinks = sinks + first_block[:, None, None]
+    sinks = sinks.masked_fill(sinks >= zone.first_recent, -1)
+    early = torch.arange(zone.sinks, zone.first_recent, device=scores.device) < first_block[:, None] + zone.sinks
+    candidates = candidates.masked_fill(early[:, None], -torch.inf)
+    best = kernels.best(candidates, zone.free)
+    chosen = (best + zone.sinks).masked_fill(candidates.gather(-1, best) == -torch.inf, -1)
     return torch.cat((sinks, chosen, recent), -1)
 
 
@@ -79,4 +78,5 @@ def limit_late(scores: Tensor, zone: Zone, forecast: Tensor, late: int) -> Tenso
     outside = scores.masked_fill(known, -torch.inf)
     outside[..., : zone.sinks] = outside[..., zone.first_recent :] = -torch.inf
     best = outside.topk(min(late, zone.first_recent - zone.sinks), -1)
-    return scores.masked_fill(~known, -torch.inf).scatter(2, best.indices, best.values)
+    added = torch.full_like(outside, -torch.inf).scatter(2, best.indices, best.values)
+    return torch.maximum(scores.masked_fill(~known, -torch.inf), added)

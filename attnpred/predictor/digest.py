@@ -18,8 +18,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from attnpred import kernels
 from attnpred.errors import PredictorError
-from attnpred.kernels.digest import digest_shares, pack
+from attnpred.kernels.digest import pack
 from attnpred.predictor.memory import Columns, Memory
 
 
@@ -62,6 +63,7 @@ class Digest(Memory):
         self.map = None if self.given is None else self.given.each(lambda tensor: tensor[None])
         self._sealed = 0
         self.codes: list[tuple[list[int], int, Columns]] = []  # heads, vectors per block, their codes
+        self.places: list[Tensor] = []  # the same heads, as `look` needs them
         self.estimate = torch.empty(0)
 
     def tables(self) -> Sequence[Columns]:
@@ -70,6 +72,9 @@ class Digest(Memory):
     @property
     def sealed(self) -> int:
         return self._sealed
+
+    def look_bytes(self) -> int:
+        return self.bytes()
 
     def _begin(self, keys: Tensor) -> DigestMap:
         found = self.map or mean_key_map(keys, self.block_size)
@@ -83,8 +88,16 @@ class Digest(Memory):
             heads = [head for head, own in enumerate(found.vectors) if own == vectors]
             codes = Columns(after=(vectors * found.keys.shape[3] // 2,), dtype=torch.int8)
             self.codes.append((heads, vectors, codes))
+            self.places.append(torch.tensor(heads, device=keys.device))
         self.map = found
+        spread = torch.tensor([self._spread(vectors) for vectors in found.vectors], device=keys.device)
+        self.units = 1 / spread[:, None, None]
         return found
+
+    def _spread(self, vectors: int) -> float:
+        """By what a stored vector is larger than the mean of projected keys that it stands for."""
+        # A mean of n independent keys is smaller than a key; the general map measures the means themselves.
+        return 1.0 if self.given is None else math.sqrt(self.block_size / vectors)
 
     def seal(self, keys: Tensor) -> None:
         found = self.map if self.codes and self.map is not None else self._begin(keys)
@@ -93,8 +106,7 @@ class Digest(Memory):
         for heads, vectors, codes in self.codes:
             projected = centred[:, heads] @ found.keys[:, heads]
             means = projected.unflatten(2, (blocks, vectors, -1)).mean(4)  # [B, Hn, N, vectors, r]
-            spread = math.sqrt(self.block_size / vectors)  # a mean of n keys is smaller than a key
-            packed = pack(means * spread if self.given is not None else means)
+            packed = pack(means * self._spread(vectors))
             stored = codes.reserve(keys.shape[0], len(heads), self._sealed + blocks, keys.device)
             stored[:, :, self._sealed :] = packed.flatten(3)
         self._sealed += blocks
@@ -128,12 +140,13 @@ class Digest(Memory):
         batch, kv_heads = query.shape[0], self.map.keys.shape[1]
         own_selections = selecting // kv_heads  # 1, or G where each query head selects for itself
         grouped = query.float().view(batch, kv_heads, query.shape[1] // kv_heads, -1)
+        projected = (grouped * (self.units * scale)) @ self.map.queries
         out = torch.empty(batch, kv_heads, own_selections, blocks, device=query.device)
-        for own, vectors, codes in self.codes:
-            spread = math.sqrt(vectors / self.block_size) if self.given is not None else 1.0
-            projected = (grouped[:, own] @ self.map.queries[:, own]) * (scale * spread)
-            stored = codes.view()[:, :, :blocks].unflatten(3, (vectors, -1)).flatten(2, 3).flatten(0, 1)
-            parts = projected.flatten(0, 1).chunk(own_selections, 1)
-            found = torch.stack([digest_shares(part, stored, vectors) for part in parts], 1)
-            out[:, own] = found.unflatten(0, (batch, -1))
+        for (_, vectors, codes), place in zip(self.codes, self.places, strict=True):
+            rows, capacity, size = batch * place.numel(), *codes.data.shape[2:]
+            stored = codes.data.view(rows, capacity * vectors, size // vectors)[:, : blocks * vectors]
+            parts = projected.index_select(1, place).flatten(0, 1).chunk(own_selections, 1)
+            for i, part in enumerate(parts):
+                found = kernels.digest_shares(part, stored, vectors).view(batch, -1, blocks)
+                out.select(2, i).index_copy_(1, place, found)
         return out.flatten(1, 2)

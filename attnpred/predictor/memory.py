@@ -111,6 +111,10 @@ class Memory(ABC):
     def watch(self, query: Tensor, keys: Tensor, scale: float) -> None:
         """Take in a dense call as a whole, query [B, Hq, Q, D] and all keys: for capture, nothing that decodes needs it."""
 
+    def look_bytes(self) -> int:
+        """Bytes that a `look` reads."""
+        return 0
+
     @property
     def is_empty(self) -> bool:
         """True where it knows nothing to choose by."""

@@ -18,6 +18,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from attnpred import kernels
 from attnpred.kernels.digest import FLOOR
 from attnpred.predictor.digest import Digest, DigestMap
 from attnpred.predictor.memory import Columns, Memory
@@ -28,10 +29,7 @@ PEAKS = (0.02, 0.1)
 FEATURES = 2 + len(PEAKS)
 """The estimate, the peaks, and the logarithm of the distance."""
 
-
-def _fade(peaks: Tensor) -> None:
-    for i, rate in enumerate(PEAKS):
-        peaks[:, :, i].sub_(rate)
+_RATES = torch.tensor(PEAKS)
 
 
 @final
@@ -42,6 +40,7 @@ class Stream(Memory):
         self.rows = prompt_rows
         self.digest = Digest(block_size, digest_map)
         self.peaks = Columns(before=(len(PEAKS),), fill=FLOOR)
+        self.distances = torch.empty(0)
 
     def tables(self) -> Sequence[Columns]:
         return (self.peaks, *self.digest.tables())
@@ -53,6 +52,9 @@ class Stream(Memory):
     @property
     def is_empty(self) -> bool:
         return self.digest.estimate.numel() == 0
+
+    def look_bytes(self) -> int:
+        return self.digest.look_bytes()
 
     def seal(self, keys: Tensor) -> None:
         self.digest.seal(keys)
@@ -69,37 +71,34 @@ class Stream(Memory):
             head = logs[..., :known]
             head.copy_(torch.where(attended[..., :known], head, self.digest.estimate[:, :, None]))
         for row in logs.unbind(2):
-            _fade(peaks)
+            peaks.sub_(_RATES.to(peaks.device)[:, None])
             torch.maximum(peaks, row[:, :, None], out=peaks)
 
     def push_attended(self, selection: Tensor, maxima: Tensor, blocks: int) -> None:
         """As `push` of the row, but only what was attended is taken the logarithm of."""
         batch, heads, _ = selection.shape
-        peaks = self.peaks.reserve(batch, heads, blocks, maxima.device)
-        # -1 only comes with left padding, where block 0 is padding too: what is written there is never looked at.
-        places = selection.clamp_min(0)[:, :, None].expand(-1, -1, len(PEAKS), -1)
-        logs = torch.log(maxima).clamp_(min=FLOOR)[:, :, None]
-        _fade(peaks)
-        attended = torch.maximum(peaks.gather(3, places), logs)
-        estimate = self.digest.estimate
-        known = peaks[..., : estimate.shape[-1]]
-        torch.maximum(known, estimate[:, :, None], out=known)
-        peaks.scatter_(3, places, attended)
+        self.peaks.reserve(batch, heads, blocks, maxima.device)
+        rates = _RATES.to(maxima.device)
+        kernels.remember(self.peaks.data, rates, blocks, self.digest.estimate, selection, maxima)
 
     def features(self, first: int, last: int) -> Tensor:
         """Return [B, Hs, last - first, FEATURES], what `score` weighs: for training."""
         estimate, peaks = self.digest.estimate[..., first:last], self.peaks.view()[..., first:last]
-        distance = torch.arange(last - first, 0, -1, device=peaks.device, dtype=torch.float32).log2_()
-        return torch.stack((estimate, *peaks.unbind(2), distance.expand_as(estimate)), -1)
+        return torch.stack((estimate, *peaks.unbind(2), self._distance(last - first).expand_as(estimate)), -1)
+
+    def _distance(self, blocks: int) -> Tensor:
+        """Return [blocks], the logarithm of `blocks` to 1."""
+        if blocks > self.distances.numel():
+            size = blocks * 5 // 4 + 16
+            self.distances = torch.arange(size, 0, -1, device=self.peaks.data.device, dtype=torch.float32).log2_()
+        return self.distances[self.distances.numel() - blocks :]
 
     def score(self, weights: Tensor, first: int, last: int) -> Tensor:
         """Return [B, Hs, last - first] for blocks `first` to `last`, all of them sealed; weights [Hs or 1, FEATURES]."""
-        estimate, peaks = self.digest.estimate[..., first:last], self.peaks.view()[..., first:last]
-        score = estimate * weights[:, :1]
-        for i in range(len(PEAKS)):
-            score.addcmul_(peaks[:, :, i], weights[:, 1 + i : 2 + i])
-        distance = torch.arange(last - first, 0, -1, device=score.device, dtype=torch.float32).log2_()
-        return score.addcmul_(distance, weights[:, -1:])
+        if first == last:  # there may be fewer sealed blocks than sinks
+            return self.peaks.data.new_empty(*self.digest.estimate.shape[:2], 0)
+        distance = self._distance(last - first)
+        return kernels.weigh(self.digest.estimate, self.peaks.data, weights, distance, first, last)
 
     def clear(self) -> None:
         self.peaks.clear()

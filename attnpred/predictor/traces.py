@@ -153,17 +153,15 @@ class TraceReader:
 
     def load(self, name: str, layer: int | None = None) -> Trace:
         """Return document `name`, or one `layer` of it, reading nothing else."""
-        if layer is not None and not 0 <= layer < self.meta.layers:
-            raise TraceError(f"got layer {layer}, expected 0 to {self.meta.layers - 1}")
         with opened(self._path(name)) as file:
-            _, first = self._check(name, file)
+            _, first = self._check(name, file, layer)
             rows: Tensor = file.get_tensor("rows") if layer is None else file.get_slice("rows")[layer]
         return Trace(rows, first)
 
     def vectors(self, name: str, layer: int | None = None) -> Vectors:
         """Return queries and keys of document `name`; with `layer`, of that layer alone, the first size being 1."""
         with opened(self._path(name)) as file:
-            shape, first = self._check(name, file)
+            shape, first = self._check(name, file, layer)
             meta, found = self.meta, {}
             for what, wanted in (
                 ("queries", [meta.layers, meta.query_heads, shape[2], meta.head_dim]),
@@ -185,8 +183,10 @@ class TraceReader:
             )
         return self._files[name]
 
-    def _check(self, name: str, file: Any) -> tuple[list[int], int]:
+    def _check(self, name: str, file: Any, layer: int | None = None) -> tuple[list[int], int]:
         meta, facts = self.meta, file.metadata() or {}
+        if layer is not None and not 0 <= layer < meta.layers:
+            raise TraceError(f"got layer {layer}, expected 0 to {meta.layers - 1}")
         spec = file.get_slice("rows") if "rows" in file.keys() else None  # noqa: SIM118 (safe_open is no mapping)
         shape = [] if spec is None else list(spec.get_shape())
         good = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnpred.capture import attention_trace
+from attnpred.capture import attention_trace, captured
 from attnpred.cli.main import main
 from attnpred.predictor.traces import TraceReader
 from tests.hf.support import text_of, tokenizer
@@ -58,6 +58,29 @@ def test_a_trace_of_every_query_is_causal() -> None:
     for query in range(45):
         assert not trace[:, :, query, query // 4 + 1 :].any()
         assert bool((trace[:, :, query, : query // 4 + 1] > 0).all())
+
+
+def rows_again(queries: Tensor, keys: Tensor, scale: float, block: int) -> Tensor:
+    """Return [layers, Hkv, T, N]: block maxima of the softmax of scaled products, then the maximum over the group."""
+    _, heads, rows, _ = queries.shape
+    kv_heads, length = keys.shape[1], keys.shape[2]
+    logits = scale * queries @ keys.repeat_interleave(heads // kv_heads, 1).transpose(-1, -2)
+    future = torch.arange(length) > torch.arange(length - rows, length)[:, None]
+    weights = torch.softmax(logits.masked_fill(future, -torch.inf), -1)
+    padded = torch.nn.functional.pad(weights, (0, -length % block)).unflatten(-1, (-1, block)).amax(-1)
+    return padded.unflatten(1, (kv_heads, -1)).amax(2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3", "olmo2", "gemma3_text"])
+def test_queries_and_keys_are_those_that_the_rows_come_from(family: str) -> None:
+    """Positions and norms are in them already, and the scale is the model's own."""
+    model = tiny_model(family)
+    found = captured(model, prompt(1, 45), 7, 4)
+    heads = 4 if family == "gpt_neox" else 2
+    layers = FULL_LAYERS.get(family, [0, 1, 2])
+    assert found.layer_ids == tuple(layers) and found.scale == pytest.approx(8**-0.5)
+    assert found.queries.shape == (len(layers), 4, 7, 8) and found.keys.shape == (len(layers), heads, 45, 8)
+    torch.testing.assert_close(rows_again(found.queries, found.keys, found.scale, 4), found.rows, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -106,6 +129,22 @@ def test_the_command_writes_traces_that_equal_a_naive_recomputation(
         want = naive_trace(tiny_model("llama"), tokens, [0, 1, 2], 9, 4, 2)
         assert trace.first == 41 and trace.rows.dtype == torch.float16
         torch.testing.assert_close(trace.rows.float(), want, rtol=1e-3, atol=1e-4)
+
+
+def test_the_command_writes_the_queries_and_keys_of_its_rows(
+    capture: Callable[..., tuple[int, str, str]], book: Path, tmp_path: Path
+) -> None:
+    assert capture("--text", str(book))[0] == 0
+    reader = TraceReader(tmp_path / "traces")
+    meta = reader.meta
+    assert (meta.query_heads, meta.head_dim, meta.layer_ids) == (4, 8, "0 1 2")
+    for name in reader.documents:
+        trace, found = reader.load(name), reader.vectors(name)
+        assert found.first == trace.first == 41
+        assert found.queries.shape == (3, 4, 9, 8) and found.keys.shape == (3, 2, 50, 8)
+        again = rows_again(found.queries.float(), found.keys.float(), meta.scale, 4)
+        torch.testing.assert_close(again, trace.rows.float(), rtol=2e-2, atol=5e-3)
+        assert torch.equal(reader.vectors(name, 2).keys[0], found.keys[2])
 
 
 def test_a_second_run_adds_what_is_missing_and_keeps_what_is_there(

@@ -148,8 +148,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
     reader = TraceReader(tmp_path)
     with pytest.raises(TraceError, match="got no document 'y'"):
         reader.load("y")
-    with pytest.raises(TraceError, match="got layer 2, expected 0 to 1"):
-        reader.load("x", 2)
+    for read in (reader.load, reader.vectors):
+        with pytest.raises(TraceError, match="got layer 2, expected 0 to 1"):
+            read("x", 2)
     file = tmp_path / "doc-x.safetensors"
     save_file({"rows": document()[:1]}, file, metadata={"name": "x", "first": "9"})
     with pytest.raises(TraceError, match=r"with rows \[1, 3, 6, 4\] and first='9', expected float16 \[2, 3, T, N\]"):
@@ -183,6 +184,72 @@ def test_a_wrong_traces_json_is_explained(tmp_path: Path, change: dict[str, obje
     (tmp_path / "traces.json").write_text("{")
     with pytest.raises(TraceError, match="not JSON"):
         TraceReader(tmp_path)
+
+
+def test_a_folder_of_format_1_is_refused(tmp_path: Path) -> None:
+    """As the version before wrote it: it has no queries, no keys and no scale."""
+    old = {"base_model": "toy", "fingerprint": "toy/2/3", "block_size": 4, "layers": 2, "heads": 3, "rows": 6}
+    (tmp_path / "traces.json").write_text(json.dumps(old | {"created_by": "attnpred capture", "format": 1}))
+    for use in (lambda: TraceReader(tmp_path), lambda: TraceWriter(tmp_path, META)):
+        with pytest.raises(TraceError, match=r"expected the keys .*: update attnpred, or capture again") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+FULL = TraceMeta("toy", "toy/2/3", 4, layers=2, heads=3, rows=6, query_heads=6, head_dim=5, layer_ids="1 4", scale=0.3)
+
+
+def from_bits(*shape: int, seed: int) -> torch.Tensor:
+    """Return float16 of any finite bits, also the smallest numbers and minus zero."""
+    bits = torch.randint(-(2**15), 2**15, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int16)
+    values = bits.view(torch.float16)
+    return torch.where(values.isfinite(), values, torch.tensor(-0.0, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_queries_and_keys_come_back_bit_by_bit(tmp_path: Path, steps: int) -> None:
+    queries, keys = from_bits(2, 6, steps, 5, seed=1), from_bits(2, 3, 9 + steps, 5, seed=2)
+    writer = TraceWriter(tmp_path, FULL)
+    writer.add("x", document(steps=steps), 9, queries, keys)
+    writer.add(
+        "y", document(steps=steps), 9, queries.flip(0).float(), keys.flip(0).float()
+    )  # rounded to half precision
+    reader = TraceReader(tmp_path)
+    assert reader.meta == FULL and torch.equal(reader.load("x").rows, document(steps=steps))
+    for name, order in (("x", [0, 1]), ("y", [1, 0])):
+        for layer in (None, 0, 1):
+            found = reader.vectors(name, layer)
+            wanted = order if layer is None else order[layer : layer + 1]
+            assert found.first == 9
+            for got, want in ((found.queries, queries), (found.keys, keys)):
+                assert got.dtype == torch.float16
+                assert torch.equal(got.view(torch.int16), want[wanted].contiguous().view(torch.int16))
+
+
+def test_queries_and_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    queries, keys = torch.randn(2, 6, 6, 5), torch.randn(2, 3, 15, 5)
+    writer = TraceWriter(tmp_path, FULL)
+    for wrong in (queries[:1], queries[:, :3], queries[:, :, :5], queries[..., :4], queries * 1e5, queries * torch.nan):
+        with pytest.raises(TraceError, match=r"got queries of 'x' of shape .*, expected finite \[2, 6, 6, 5\]"):
+            writer.add("x", document(), 9, wrong, keys)
+    for wrong in (keys[:1], keys[:, :2], keys[:, :, 1:], keys[..., :4], keys / 0):
+        with pytest.raises(TraceError, match=r"got keys of 'x' of shape .*, expected finite \[2, 3, 15, 5\]"):
+            writer.add("x", document(), 9, queries, wrong)
+    assert list(tmp_path.iterdir()) == [tmp_path / "traces.json"]
+
+
+def test_a_document_without_queries_and_keys_says_so(tmp_path: Path) -> None:
+    """It still trains a predictor that looks at rows; one with others than `traces.json` promises is damaged."""
+    writer = TraceWriter(tmp_path, FULL)
+    writer.add("x", document(), 9)
+    reader = TraceReader(tmp_path)
+    assert torch.equal(reader.load("x").rows, document())
+    with pytest.raises(TraceError, match=r"with queries nothing, expected \[2, 6, 6, 5\]: capture it again"):
+        reader.vectors("x")
+    tensors = {"rows": document(), "queries": torch.zeros(2, 6, 6, 5), "keys": torch.zeros(2, 3, 14, 5)}
+    save_file(tensors, tmp_path / "doc-x.safetensors", metadata={"name": "x", "first": "9"})
+    with pytest.raises(TraceError, match=r"with keys \[2, 3, 14, 5\], expected \[2, 3, 15, 5\]: capture it again"):
+        reader.vectors("x", 1)
 
 
 def test_a_document_keeps_its_side_when_others_come() -> None:

@@ -270,7 +270,7 @@ def test_settings_are_checked(field: str, value: float) -> None:
 def test_the_command_prints_one_json_object(persistent: Write, tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(train)
-    options = "--steps 4 --batch 2 --history 8 --sink-tokens 4 --recent-tokens 4".split()
+    options = "--predictor cnn --steps 4 --batch 2 --history 8 --sink-tokens 4 --recent-tokens 4".split()
     folder, out = str(persistent()), str(tmp_path / "out")
     done = CliRunner().invoke(app, [folder, "--out", out, *options, "--json"], catch_exceptions=False)
     result = json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,90 @@
+"""What the numba kernels share: compilation into the user's cache folder, and OpenMP's threads.
+
+numba's own way to OpenMP brings a second copy of that library, whose threads then wait in busy loops on the cores that
+torch's threads want. So `share_out` calls the copy that torch has loaded, where there is one (`GOMP_parallel`, on Linux);
+elsewhere one thread does all of the work.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+Function = Callable[..., Any]
+
+
+def compiled(signature: str, *, to_address: bool = False) -> Callable[[Function], Any]:
+    """Compile a function for its one signature, once per machine; `to_address`: for `share_out`."""
+
+    def apply(function: Function) -> Any:
+        before = numba.config.CACHE_DIR  # set by NUMBA_CACHE_DIR; else numba would write next to the source
+        mine = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnpred"
+        numba.config.CACHE_DIR = before or str(mine)
+        try:
+            return (numba.cfunc if to_address else numba.njit)(signature, cache=True)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return apply
+
+
+def threads() -> tuple[int, int]:
+    """Return what `share_out` needs to know: the address of GOMP_parallel, 0 for none, and how many threads torch has."""
+    return _PARALLEL, torch.get_num_threads()
+
+
+try:
+    _PARALLEL = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+except (AttributeError, OSError, TypeError):  # no such function, or no such thing as all loaded libraries (Windows)
+    _PARALLEL = 0
+
+
+@intrinsic
+def pointer(typing: Any, address: Any) -> Any:
+    """Return the address, an integer, as `numba.carray` wants it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def take(typing: Any, counter: Any) -> Any:
+    """Return the integer at the address `counter` and count on, so that every thread gets another one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", at, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def share_out(typing: Any, parallel: Any, count: Any, work: Any, data: Any) -> Any:
+    """Call the function at `work` with the address `data` on `count` threads; all arguments are integers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        parallel, count, work, data = arguments
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte]).as_pointer()
+        work, data = builder.inttoptr(work, kind), builder.inttoptr(data, byte)
+        alone = builder.or_(
+            builder.icmp_signed("==", parallel, parallel.type(0)), builder.icmp_signed("<=", count, count.type(1))
+        )
+        with builder.if_else(alone) as (one, many):
+            with one:
+                builder.call(work, [data])
+            with many:
+                fork = ir.FunctionType(ir.VoidType(), [kind, byte, number, number]).as_pointer()
+                builder.call(builder.inttoptr(parallel, fork), [work, data, builder.trunc(count, number), number(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate

@@ -177,7 +177,8 @@ class LayerDecoder:
         if terms is not None and self.pending is not None and self.config.late_share is not None:
             forecast = self.pending[1][..., zone.sinks : zone.sinks + zone.free]
             size = self.pending[1].shape[2]
-            scores = limit_late(scores, zone, forecast, int(self.config.late_share * size + 1e-6))
+            late = int(self.config.late_share * size + 1e-6)
+            scores = limit_late(scores, zone, forecast, late, self.first_block)
             selection = select_blocks(scores, zone, self.first_block)
             self.counts.count_late(selection[..., zone.sinks : zone.sinks + zone.free], forecast, size)
             return selection

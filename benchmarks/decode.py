@@ -58,7 +58,7 @@ def main() -> None:
     row = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 4
     print(f"theory: a dense step reads {row * args.context:,} bytes of KV, a sparse one {row * args.budget:,}; fp32")
     settings = CacheConfig(
-        budget=args.budget, num_sink_tokens=16, recent_window=32, dense_layers=0, calibration_interval=32
+        budget=args.budget, num_sink_tokens=16, recent_window=32, dense_layers=0, calibration_interval=0
     )
     stock = text._attn_implementation
     AttentionInterface.register("benchmark_floor", no_attention)

@@ -71,7 +71,8 @@ class TieredLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ConfigError(f"got crop({tokens_to_remove}), expected 0 or less: -n removes the last n tokens")
-        self.pool.crop(max(0, self.pool.length + tokens_to_remove))
+        # Some versions of `generate` bring a tensor; lengths are plain numbers everywhere below.
+        self.pool.crop(max(0, self.pool.length + int(tokens_to_remove)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

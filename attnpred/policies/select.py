@@ -67,16 +67,20 @@ def select_blocks(scores: Tensor, zone: Zone, first_block: Tensor | None = None)
     return torch.cat((sinks, chosen, recent), -1)
 
 
-def limit_late(scores: Tensor, zone: Zone, forecast: Tensor, late: int) -> Tensor:
+def limit_late(scores: Tensor, zone: Zone, forecast: Tensor, late: int, first_block: Tensor | None = None) -> Tensor:
     """Return `scores` with which at most `late` blocks outside `forecast` are chosen: the best of them.
 
     forecast [B, Hs, zone.free] are block ids between sinks and recent window, -1 for none; all other scores become -inf.
+    first_block as in `select_blocks`: what lies before cannot be chosen, and does not count.
     """
     known = torch.zeros(*scores.shape[:2], zone.blocks + 1, dtype=torch.bool, device=scores.device)
     known.scatter_(2, forecast.masked_fill(forecast < 0, zone.blocks), True)
     known = known[..., : zone.blocks]
     outside = scores.masked_fill(known, -torch.inf)
     outside[..., : zone.sinks] = outside[..., zone.first_recent :] = -torch.inf
+    if first_block is not None:
+        early = torch.arange(zone.blocks, device=scores.device) < first_block[:, None] + zone.sinks
+        outside = outside.masked_fill(early[:, None], -torch.inf)
     best = outside.topk(min(late, zone.first_recent - zone.sinks), -1)
     added = torch.full_like(outside, -torch.inf).scatter(2, best.indices, best.values)
     return torch.maximum(scores.masked_fill(~known, -torch.inf), added)

@@ -100,8 +100,10 @@ class TraceWriter:
     def _vectors(
         self, name: str, rows: Tensor, first: int, queries: Tensor | None, keys: Tensor | None
     ) -> dict[str, Tensor]:
-        if queries is None or keys is None:
+        if queries is None and keys is None:
             return {}
+        if queries is None or keys is None:
+            raise TraceError(f"got one of queries and keys of {name!r}, expected both or none: capture again")
         meta, steps = self.meta, rows.shape[2]
         wanted = {
             "queries": (queries, (meta.layers, meta.query_heads, steps, meta.head_dim)),

@@ -64,7 +64,7 @@ def test_json_has_every_promised_key_and_the_figures_agree(run: Run, tmp_path: P
     assert result["full"]["tokens_attended"] == 1028
     assert 224 < result["predicted"]["tokens_attended"] <= 256
     # No calibration row falls into 7 steps, and a step reads whole blocks: up to 15 tokens more than it attends to.
-    blocks = [1 + (15 - 1 - 3) + (-(-n // 16) - (n - 32) // 16) for n in range(1025, 1032)]
+    blocks = [1 + (16 - 1 - 3) + (-(-n // 16) - (n - 32) // 16) for n in range(1025, 1032)]
     assert result["predicted"]["read_bytes_per_step"] == sum(blocks) / 7 * 16 * KV_BYTES
     assert result["figure"] == str(picture) and picture.read_bytes().startswith(b"\x89PNG")
     table = "\n".join(out.splitlines()[:-1])

@@ -113,3 +113,12 @@ def test_hysteresis_keeps_what_was_attended(late_share: float | None) -> None:
             assert new <= ({tokens // P} if tokens % P == 0 else set())
     changes = sum(len(set(b[0].tolist()) - set(a[0].tolist())) for a, b in pairwise(free))
     assert changes > STEPS
+
+
+def test_blocks_before_a_padded_row_begins_do_not_use_up_late_places() -> None:
+    zone = Zone(40, 10, 1, 8, 3)
+    scores = torch.arange(10.0).flip(0).expand(2, 1, -1)  # early blocks score best
+    forecast = torch.tensor([[[5, 6, 7]], [[5, 6, 7]]])
+    first = torch.tensor([0, 3])
+    chosen = select_blocks(limit_late(scores, zone, forecast, 1, first), zone, first)[..., 1:4]
+    assert [sorted(row) for row in chosen[:, 0].tolist()] == [[1, 5, 6], [4, 5, 6]]

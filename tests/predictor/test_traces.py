@@ -274,3 +274,9 @@ def test_split_needs_two_documents_and_a_share() -> None:
         split(["a"], 0.2, 0)
     with pytest.raises(TraceError, match=r"got validation=1\.0"):
         split(["a", "b"], 1.0, 0)
+
+
+def test_keys_without_queries_are_refused(tmp_path: Path) -> None:
+    keys = torch.zeros(META.layers, META.heads, 15, 1)
+    with pytest.raises(TraceError, match="got one of queries and keys of 'a', expected both or none"):
+        TraceWriter(tmp_path, META).add("a", document(), 9, keys=keys)

@@ -136,6 +136,8 @@ class Digest(Memory):
 
     def shares(self, query: Tensor, scale: float, selecting: int, blocks: int) -> Tensor:
         """Return `estimate` for `query` [B, Hq, D] and the first `blocks` blocks, without keeping it."""
+        if blocks == 0:
+            return query.new_empty(query.shape[0], selecting, 0, dtype=torch.float32)
         assert self.map is not None
         batch, kv_heads = query.shape[0], self.map.keys.shape[1]
         own_selections = selecting // kv_heads  # 1, or G where each query head selects for itself

@@ -61,6 +61,9 @@ class KeySummary(Memory):
         super().crop(self._sealed)
 
     def look(self, query: Tensor, scale: float, selecting: int) -> None:
+        if self._sealed == 0:
+            self.estimate = query.new_empty(query.shape[0], selecting, 0, dtype=torch.float32)
+            return
         table = self.table.view().float()
         grouped = query.float().unflatten(1, (table.shape[1], -1)) * scale
         if self.bounds:

@@ -83,7 +83,7 @@ def _table(result: dict[str, Any], policy: str) -> str:
     lines += [f"{name:<30}{left:>16}{right:>16}" for name, left, right in rows]
     lines += [
         "",
-        f"{result['compression']:.1f} times less KV read per step, over all layers, calibration included "
+        f"{result['compression']:.1f} times less KV read per step, over all layers, digests and calibration included "
         f"(budget {result['budget_tokens']} of {result['context_tokens']} tokens per head and layer).",
         f"{result['attention_recovery']:.1%} of the true attention falls on the chosen blocks; "
         f"{result['recovery_ratio']:.1%} of what the best blocks of that number would get.",

@@ -86,7 +86,7 @@ def facts() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", nargs="*", default=[])
-    parser.add_argument("--lengths", default="1024,2048,4096,8192")
+    parser.add_argument("--lengths", default="1024,4096,8192")
     parser.add_argument("--documents", default="2")
     parser.add_argument("--steps", default="96")
     parser.add_argument("--seed", default="7")

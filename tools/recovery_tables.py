@@ -280,6 +280,7 @@ def tables() -> dict[str, str]:
         "tokens": tokens_for(rows, longest),
         "settings": costs([row for row in settings if row["sink_tokens"] == 16], here, 1 / 13),
         "blocks": blocks([row for row in settings if row["sink_tokens"] == 64]),
+        "kinds": by_text(load("text_kinds.jsonl"), here, 1 / 13),
         "second": costs(load("second_model.jsonl"), here, 1 / 13),
         "heads": over_heads(load("recovery_heads.jsonl")),
         "bandwidth": bandwidth(rows, settings),

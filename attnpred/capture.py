@@ -107,6 +107,23 @@ def attention_trace(model: Any, tokens: Tensor, rows: int, block_size: int = 16)
     return captured(model, tokens, rows, block_size).rows
 
 
+def trace_meta(model: Any, found: Captured, base_model: str, rows: int, block_size: int) -> TraceMeta:
+    """Return what the traces of `model` share, from one of them; `rows` at most in a document."""
+    return TraceMeta(
+        base_model=base_model,
+        fingerprint=hf.fingerprint(model.config),
+        block_size=block_size,
+        layers=found.rows.shape[0],
+        heads=found.rows.shape[1],
+        rows=rows,
+        created_by="attnpred capture",
+        query_heads=found.queries.shape[1],
+        head_dim=found.queries.shape[3],
+        layer_ids=" ".join(map(str, found.layer_ids)),
+        scale=found.scale,
+    )
+
+
 def documents(name: str, text: str, tokenizer: Any, tokens: int) -> Iterator[tuple[str, Tensor]]:
     """Cut a text into (name, token ids [1, tokens]) pieces that do not overlap; a rest that is too short is left out."""
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
@@ -148,19 +165,7 @@ def capture(
                 continue
             trace = captured(model, ids.to(model.device), rows, block_size)
             if writer is None:
-                meta = TraceMeta(
-                    base_model=base_model,
-                    fingerprint=hf.fingerprint(model.config),
-                    block_size=block_size,
-                    layers=trace.rows.shape[0],
-                    heads=trace.rows.shape[1],
-                    rows=rows,
-                    created_by="attnpred capture",
-                    query_heads=trace.queries.shape[1],
-                    head_dim=trace.queries.shape[3],
-                    layer_ids=" ".join(map(str, trace.layer_ids)),
-                    scale=trace.scale,
-                )
+                meta = trace_meta(model, trace, base_model, rows, block_size)
                 writer = TraceWriter(out, meta)
             if not writer.has(name):
                 writer.add(name, trace.rows, tokens - rows, trace.queries, trace.keys)

@@ -12,10 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from attnpred.capture import captured
-from attnpred.hf import DEMO_MODEL, fingerprint, load_model
+from attnpred.capture import captured, trace_meta
+from attnpred.hf import DEMO_MODEL, load_model
 from attnpred.predictor.streaming_training import StreamingConfig, train_streaming
-from attnpred.predictor.trace_format import TraceMeta
 from attnpred.predictor.traces import TraceWriter
 from attnpred.predictor.training import TrainConfig, train_predictor
 from recipes.demo_lm import corpus
@@ -36,19 +35,8 @@ def write_traces(model_name: str, books: Path, folder: Path, count: int) -> None
         rows = ROWS if ids.shape[1] > 2048 else ROWS - 128
         found = captured(model, ids, rows, BLOCK)
         if writer is None:
-            meta = TraceMeta(
-                base_model="attnpred demo LM" if model_name == "demo" else Path(model_name).name,
-                fingerprint=fingerprint(model.config),
-                block_size=BLOCK,
-                layers=found.rows.shape[0],
-                heads=found.rows.shape[1],
-                rows=ROWS,
-                created_by="recipes.predictors",
-                query_heads=found.queries.shape[1],
-                head_dim=found.queries.shape[3],
-                layer_ids=" ".join(map(str, found.layer_ids)),
-                scale=found.scale,
-            )
+            base_model = "attnpred demo LM" if model_name == "demo" else Path(model_name).name
+            meta = trace_meta(model, found, base_model, ROWS, BLOCK)
             writer = TraceWriter(folder, meta)
         if not writer.has(name):
             writer.add(name, found.rows, ids.shape[1] - rows, found.queries, found.keys)

@@ -7,7 +7,7 @@ tokens, so nothing has to be decoded. The pass uses the ordinary cache with a po
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class Captured:
 @final
 class Recorder(Memory):
     """Keeps rows, queries and keys of one call of one layer."""
+
+    watches: ClassVar[bool] = True
 
     def __init__(self, rows: int) -> None:
         self.rows = rows

@@ -7,8 +7,12 @@ left to the policy: the published one takes a dense row every fifth step, digest
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from attnpred.errors import ConfigError
+
+OFFLOADS = (None, "cpu", "disk")
+OFFLOAD_DTYPES = (None, "int8", "fp8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,13 @@ class CacheConfig:
     strict: raise `NotSparseError` where a decode step falls back to dense attention.
     measure_recovery: also compute the true attention of every step, for `stats()`; slow, for evaluation.
     dense_when_fits: take the dense path while the context fits the budget; off only to test the sparse path.
+    offload: where the blocks lie that the budget does not hold: None is in fast memory with the others, "cpu" the
+        memory of the host, "disk" a file. The tokens are the same.
+    offload_dir: folder of that file; None is a folder of the user's own cache directory.
+    offload_dtype: numbers of the blocks there: None as they are, "int8" or "fp8" about half of 16 bits (lossy).
+    fast_limit, host_limit, disk_limit: bytes a cache may take of fast memory, host memory and disk; None is no limit.
+        With `offload="disk"` and a host limit, host memory is filled first.
+    fetch_timeout: seconds after which a block that has not arrived is an error.
     """
 
     budget: int | float = 1024
@@ -47,6 +58,13 @@ class CacheConfig:
     strict: bool = False
     measure_recovery: bool = False
     dense_when_fits: bool = True
+    offload: str | None = None
+    offload_dir: str | Path | None = None
+    offload_dtype: str | None = None
+    fast_limit: int | None = None
+    host_limit: int | None = None
+    disk_limit: int | None = None
+    fetch_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -73,6 +91,25 @@ class CacheConfig:
             raise ConfigError(f"got late_share={late!r}, expected a share from 0 to 1, or None")
         if isinstance(stays, bool) or not isinstance(stays, int | float) or not 0 <= stays < math.inf:
             raise ConfigError(f"got hysteresis={stays!r}, expected a number of at least 0")
+
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        for name, known in (("offload", OFFLOADS), ("offload_dtype", OFFLOAD_DTYPES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"got {name}={getattr(self, name)!r}, expected one of {', '.join(map(repr, known))}")
+        for name in ("offload_dir", "offload_dtype", "host_limit", "disk_limit"):
+            if getattr(self, name) is not None and self.offload is None:
+                raise ConfigError(
+                    f"got {name}={getattr(self, name)!r} without offload, expected offload='cpu' or 'disk'"
+                )
+        for name in ("fast_limit", "host_limit", "disk_limit"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ConfigError(f"got {name}={value!r}, expected a number of bytes, or None for no limit")
+        seconds = self.fetch_timeout
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+            raise ConfigError(f"got fetch_timeout={seconds!r}, expected seconds above 0")
 
     def _check_budget(self) -> None:
         budget = self.budget

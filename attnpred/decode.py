@@ -1,13 +1,14 @@
 """The decode step of one attention layer: select, attend, remember, forecast. Knows nothing of any framework above torch.
 
     step t:  1. blocks: the forecast made at t-1; a policy that needs the query, or corrects with it, (re)scores them now
-             2. `sparse_decode` over them: output and block maxima
+             2. the store waits until they are in fast memory, and `sparse_decode` reads them: output and block maxima
              3. the maxima, spread over the columns of all blocks, become the next row of the memory; every
                 `calibration_interval` steps the row is the true one, computed from all keys
-             4. the policy scores the blocks for a context of one token more; the selection waits for t+1
+             4. the policy scores the blocks for a context of one token more; the selection is requested, and waits for t+1
 
-A call of several tokens (prompt, chunk of a prompt, second turn, verification of drafted tokens) is dense; its last rows
-seed the memory (`observe`), and the forecast follows from there.
+A call of several tokens is dense; its last rows seed the memory, and the forecast follows from there. The attention of a
+prompt is computed by others (`observe`); that of a chunk of a prompt, a second turn or the verification of drafted tokens
+goes over the pieces of the store (`attend`), and so does a single token that is to attend to everything.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from attnpred.config import CacheConfig
-from attnpred.kernels.dense import AttentionTerms, attention_rows, pool_blocks, probabilities
+from attnpred.kernels.dense import AttentionTerms
+from attnpred.kernels.streamed import StreamedAttention, StreamedRows
 from attnpred.kernels.torch import sparse_decode
 from attnpred.policies.base import Policy, View
 from attnpred.policies.select import Zone, limit_late, select_blocks, zone_at
-from attnpred.store.pool import BlockPool
+from attnpred.store.base import Store
 from attnpred.telemetry import LayerCounts
 
 
@@ -35,7 +37,9 @@ class LayerDecoder:
         self.corrects = policy.needs_query or (policy.corrects and config.late_share != 0)
         wanted = config.calibration_interval
         self.interval = policy.calibration if wanted is None else wanted
-        self.forecasts = not policy.needs_query and not (policy.corrects and config.late_share is None)
+        # A policy that corrects freely has no use for a forecast, but a store that fetches does.
+        is_free = policy.corrects and config.late_share is None and config.offload is None
+        self.forecasts = not policy.needs_query and not is_free
         self.clear()
 
     def clear(self) -> None:
@@ -51,85 +55,125 @@ class LayerDecoder:
         return self.config.dense_when_fits and zone_at(self.config, length).covers_all
 
     def observe(
-        self, query: Tensor, pool: BlockPool, terms: AttentionTerms, mask: Tensor | None, *, prompt: bool
+        self,
+        query: Tensor,
+        store: Store,
+        terms: AttentionTerms,
+        mask: Tensor | None,
+        *,
+        prompt: bool,
+        keys: Tensor | None = None,
     ) -> None:
-        """Take in a dense call: query [B, Hq, Q, D], already in the pool; mask [B, Q, L] or None (causal).
+        """Take in a dense call: query [B, Hq, Q, D], already in the store; mask [B, Q, L] or None (causal).
 
+        keys [B, Hkv, L, D]: all of them, where they are at hand (a prompt), so that none is read back.
         Rows are computed only when they may be needed: when the context is within H tokens of outgrowing the budget.
         """
         if prompt:
             self.steps = 0
+        rows = self._begin(query, store, terms, mask)
+        if rows is not None and keys is None:
+            for piece in store.pieces():
+                rows.add(piece.start, piece.keys)
+        elif rows is not None and keys is not None:
+            for start in range(0, store.length, store.piece_tokens):
+                rows.add(start, keys[:, :, start : start + store.piece_tokens])
+        self._take_in(query, store, terms, rows, keys)
+
+    def attend(
+        self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None, *, remember: bool
+    ) -> Tensor:
+        """Attend to everything: arguments as in `observe`, which this includes if `remember`. Returns [B, Hq, Q, D]."""
+        attention = StreamedAttention(query, store.length, terms, mask)
+        rows = self._begin(query, store, terms, mask) if remember else None
+        for piece in store.pieces():
+            attention.add(*piece)
+            if rows is not None:
+                rows.add(piece.start, piece.keys)
+        if remember:
+            self._take_in(query, store, terms, rows, None)
+        return attention.result()
+
+    def _begin(self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None) -> StreamedRows | None:
+        """Prepare for a dense call; return what computes its last rows, if any are wanted."""
         self._note_padding(mask)
         self.pending = self.attended = None
-        if self.policy.is_dense or self.fits(pool.length + self.config.history):
+        recent = min(query.shape[2], self.memory.rows)
+        if not recent or not self._needs_memory(store):
+            return None
+        shown = None if mask is None else mask[:, -recent:]
+        return StreamedRows(query[:, :, -recent:], store.length, terms, shown, block_size=store.block_size)
+
+    def _needs_memory(self, store: Store) -> bool:
+        return not self.policy.is_dense and not self.fits(store.length + self.config.history)
+
+    def _take_in(
+        self, query: Tensor, store: Store, terms: AttentionTerms, rows: StreamedRows | None, keys: Tensor | None
+    ) -> None:
+        if not self._needs_memory(store):
             return
-        self._seal(pool)
-        selecting = self._selecting(query, pool)
-        if self.memory.rows:
-            recent = min(query.shape[2], self.memory.rows)
-            keys, _ = pool.view()
-            rows = attention_rows(
-                query[:, :, -recent:],
-                keys,
-                terms,
-                None if mask is None else mask[:, -recent:],
-                block_size=self.config.block_size,
-                selecting=selecting,
-            )
-            self.memory.push(rows)
-            self.memory.watch(query[:, :, -recent:], keys, terms.scale)
+        self._seal(store, keys)
+        selecting = self._selecting(query, store)
+        if rows is not None:
+            self.memory.push(rows.result(selecting))
+            if self.memory.watches:
+                seen = store.view()[0] if keys is None else keys
+                self.memory.watch(rows.query, seen, terms.scale)
         if self.forecasts:
             self.memory.look(query[:, :, -1], terms.scale, selecting)
-        self._forecast(query, pool)
+        self._forecast(query, store)
 
-    def step(self, query: Tensor, pool: BlockPool, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
-        """Attend with one query per row, [B, Hq, D], whose key is already in the pool; mask [B, L] or None.
+    def step(self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
+        """Attend with one query per row, [B, Hq, D], whose key is already in the store; mask [B, L] or None.
 
         Returns [B, Hq, D].
         """
-        selecting = self._selecting(query, pool)
-        zone = zone_at(self.config, pool.length)
-        self._seal(pool)
-        is_current = self.corrects or self.pending is None or self.pending[0].length != pool.length
+        selecting = self._selecting(query, store)
+        zone = zone_at(self.config, store.length)
+        self._seal(store)
+        is_current = self.corrects or self.pending is None or self.pending[0].length != store.length
         if is_current:
             self.memory.look(query, terms.scale, selecting)
-            selection = self._select(query, pool, zone, terms, mask)
+            selection = self._select(query, store, zone, terms, mask)
         else:
             assert self.pending is not None
             selection = self.pending[1]
+        keys, values, slots = store.wait(selection)
         output, maxima, _ = sparse_decode(
             query,
-            pool.keys,
-            pool.values,
+            keys,
+            values,
             selection,
-            pool.length,
-            block_size=pool.block_size,
+            store.length,
+            block_size=store.block_size,
             scale=terms.scale,
             softcap=terms.softcap,
             sinks=terms.sinks,
             mask=mask,
+            slots=slots,
         )
-        self._count(query, pool, zone, selection, terms, mask)
+        self._count(query, store, zone, selection, terms, mask)
         self.counts.digest_bytes += self.memory.look_bytes()
         self.steps += 1
         self.attended = zone, selection
         if not is_current:
             self.memory.look(query, terms.scale, selecting)
         if self.memory.rows:
-            self._push(query, pool, zone, selection, maxima, terms, mask)
-        self._forecast(query, pool)
+            self._push(query, store, zone, selection, maxima, terms, mask)
+        self._forecast(query, store)
         return output
 
-    def _seal(self, pool: BlockPool) -> None:
-        """Show the memory the keys of blocks that have become full."""
-        sealed, full = self.memory.sealed, pool.length // pool.block_size
+    def _seal(self, store: Store, keys: Tensor | None = None) -> None:
+        """Show the memory the keys of blocks that have become full: of all `keys`, if they are at hand."""
+        size, sealed, full = store.block_size, self.memory.sealed, store.length // store.block_size
         if 0 <= sealed < full:
-            self.memory.seal(pool.keys[:, :, sealed * pool.block_size : full * pool.block_size])
+            new = store.keys_of(sealed, full) if keys is None else keys[:, :, sealed * size : full * size]
+            self.memory.seal(new)
 
     def _push(
         self,
         query: Tensor,
-        pool: BlockPool,
+        store: Store,
         zone: Zone,
         selection: Tensor,
         maxima: Tensor,
@@ -139,38 +183,34 @@ class LayerDecoder:
         """Give the memory this step's row: true every `calibration_interval` steps, else what was attended."""
         interval = self.interval
         if interval and self.steps % interval == 0:
-            self.counts.calibration_bytes += pool.key_bytes()
-            every = None if mask is None else mask[:, None]
-            keys, _ = pool.view()
-            rows = attention_rows(
-                query[:, :, None], keys, terms, every, block_size=pool.block_size, selecting=selection.shape[1]
-            )
-            return self.memory.push(rows)
+            self.counts.calibration_bytes += store.key_bytes()
+            return self.memory.push(self._true_rows(query, store, terms, mask, total=False).result(selection.shape[1]))
         self.memory.push_attended(selection, maxima, zone.blocks)
 
-    def _forecast(self, query: Tensor, pool: BlockPool) -> None:
+    def _forecast(self, query: Tensor, store: Store) -> None:
         """Choose the blocks of the next token, from the past alone."""
         self.pending = None
-        zone = zone_at(self.config, pool.length + 1)
+        zone = zone_at(self.config, store.length + 1)
         if self.forecasts and not (self.config.dense_when_fits and zone.covers_all):
-            self.pending = zone, self._select(query, pool, zone, None, None)
+            self.pending = zone, self._select(query, store, zone, None, None)
+            store.request(self.pending[1])
 
     def _select(
-        self, query: Tensor, pool: BlockPool, zone: Zone, terms: AttentionTerms | None, mask: Tensor | None
+        self, query: Tensor, store: Store, zone: Zone, terms: AttentionTerms | None, mask: Tensor | None
     ) -> Tensor:
         """Return the selection for `zone`: of the present step if `terms` are given, else of the next."""
 
         def block_mass() -> Tensor:
             assert terms is not None
-            self.counts.calibration_bytes += pool.key_bytes()
-            mass = self._true_mass(query, pool, terms, mask)
-            return mass.unflatten(1, (self._selecting(query, pool), -1)).sum(2)
+            self.counts.calibration_bytes += store.key_bytes()
+            mass = self._true_mass(query, store, terms, mask)
+            return mass.unflatten(1, (self._selecting(query, store), -1)).sum(2)
 
         if self.memory.is_empty:
             scores = torch.zeros(1, 1, zone.blocks, device=query.device)
         else:
             scores = self.policy.score(View(self.memory, zone, self.layer, terms is not None, block_mass))
-        scores = scores.to(query.device).expand(query.shape[0], self._selecting(query, pool), -1)
+        scores = scores.to(query.device).expand(query.shape[0], self._selecting(query, store), -1)
         if self.config.hysteresis and self.attended is not None:
             last = self.attended[1].clamp_min(0)
             scores = scores.scatter_add(2, last, torch.full_like(last, self.config.hysteresis, dtype=scores.dtype))
@@ -184,20 +224,28 @@ class LayerDecoder:
             return selection
         return select_blocks(scores, zone, self.first_block)
 
-    def _true_mass(self, query: Tensor, pool: BlockPool, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
-        keys, _ = pool.view()
-        weights = probabilities(query[:, :, None], keys, terms, None if mask is None else mask[:, None])
-        return pool_blocks(weights[:, :, 0], pool.block_size, total=True)
+    def _true_mass(self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
+        """Return the probability mass that `query` puts on each block, [B, Hq, N]."""
+        return self._true_rows(query, store, terms, mask, total=True).result()[:, :, 0]
+
+    def _true_rows(
+        self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None, *, total: bool
+    ) -> StreamedRows:
+        every = None if mask is None else mask[:, None]
+        rows = StreamedRows(query[:, :, None], store.length, terms, every, block_size=store.block_size, total=total)
+        for piece in store.pieces():
+            rows.add(piece.start, piece.keys)
+        return rows
 
     def _count(
-        self, query: Tensor, pool: BlockPool, zone: Zone, selection: Tensor, terms: AttentionTerms, mask: Tensor | None
+        self, query: Tensor, store: Store, zone: Zone, selection: Tensor, terms: AttentionTerms, mask: Tensor | None
     ) -> None:
         blocks = selection.shape[2]
-        unfilled = zone.blocks * pool.block_size - pool.length
-        read = selection.numel() * pool.block_bytes()
-        self.counts.count_sparse(pool.length, blocks * pool.block_size - unfilled, blocks, read, pool.bytes())
+        unfilled = zone.blocks * store.block_size - store.length
+        read = selection.numel() * store.block_bytes()
+        self.counts.count_sparse(store.length, blocks * store.block_size - unfilled, blocks, read, store.bytes())
         if self.config.measure_recovery:
-            mass = self._true_mass(query, pool, terms, mask)
+            mass = self._true_mass(query, store, terms, mask)
             grouped = mass.unflatten(1, (selection.shape[1], -1))
             inside = selection.clamp_min(0)[:, :, None].expand(-1, -1, grouped.shape[2], -1)
             kept = (grouped.gather(3, inside) * (selection >= 0)[:, :, None]).sum(3)
@@ -205,8 +253,8 @@ class LayerDecoder:
             best = grouped.gather(3, top[:, :, None].expand(-1, -1, grouped.shape[2], -1)).sum(3)
             self.counts.count_recovery(kept, best)
 
-    def _selecting(self, query: Tensor, pool: BlockPool) -> int:
-        return query.shape[1] if self.config.per_query_head else pool.keys.shape[1]
+    def _selecting(self, query: Tensor, store: Store) -> int:
+        return query.shape[1] if self.config.per_query_head else store.heads
 
     def _note_padding(self, mask: Tensor | None) -> None:
         """Remember in which block each row begins, if rows are padded on the left."""

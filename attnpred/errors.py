@@ -7,6 +7,9 @@
     ├── TraceError         a folder of attention traces is missing, damaged or made for something else
     ├── UnsupportedModelError   the model cannot be served; raised before the first token
     ├── NotSparseError     `strict=True` and a step that should have been sparse was not
+    ├── StoreError         keys and values could not be written, read back or trusted; names the file
+    │   └── TierFullError  a tier has no room left for them
+    ├── CacheFileError     a saved cache is missing, damaged or made for something else
     └── MissingExtraError  an optional package is not installed
 
 Messages are one line each.
@@ -39,6 +42,18 @@ class UnsupportedModelError(AttnpredError):
 
 class NotSparseError(AttnpredError):
     """`strict=True` and a step that should have been sparse was not."""
+
+
+class StoreError(AttnpredError):
+    """Keys and values could not be written, read back or trusted."""
+
+
+class TierFullError(StoreError):
+    """A tier has no room left."""
+
+
+class CacheFileError(AttnpredError):
+    """A saved cache is missing, damaged or made for something else."""
 
 
 class MissingExtraError(AttnpredError, ImportError):

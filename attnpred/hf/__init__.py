@@ -6,7 +6,7 @@ stock. A layer's `update` stores the new keys and values and decides, from the c
 * the first call is the prompt; a later call of several tokens is a chunk, a second turn or a verification: both dense;
 * a call of one token on a filled layer is a decode step: sparse, unless everything fits the budget anyway.
 
-For a dense call `update` returns all keys and values, for a sparse one only the new ones. The attention function then
+`update` returns the new keys and values alone; for a call with a past the attention function reads the layer's store. It
 recognises the layer by the very tensor that `update` returned, so nothing is hung on modules or passed through
 `generate`, layers that share another layer's keys (Gemma) are served by that layer's store, and whatever else runs on
 the model takes the stock path. A model that changes keys or values after `update` is refused at its first call, because

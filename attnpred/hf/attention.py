@@ -10,7 +10,8 @@ from transformers.masking_utils import sdpa_mask
 
 from attnpred.errors import UnsupportedModelError
 from attnpred.hf.cache import LAST_UPDATED
-from attnpred.kernels.dense import AttentionTerms, dense_attention
+from attnpred.kernels.dense import AttentionTerms
+from attnpred.kernels.streamed import StreamedAttention
 
 QUERIES: ContextVar[int] = ContextVar("attnpred_queries", default=0)
 """Queries of the call of the model that runs in this thread."""
@@ -36,19 +37,21 @@ def attention(
     layer = None if cache is None else cache.layer_of(index, key, value)
     if cache is None or layer is None:
         return _dense(module, query, key, value, attention_mask, dropout, terms, kwargs), None
-    decoder = cache.decoder(index)
-    is_dense_layer = index < cache.settings.dense_layers
+    decoder, store = cache.decoder(index), layer.store
+    remember = index >= cache.settings.dense_layers
     if layer.is_sparse:  # then so are the layers that share its keys, for they come later
         allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0, -1]
-        return decoder.step(query[:, :, 0], layer.pool, terms, allowed)[:, None], None
-    if not layer.is_prompt:
-        assert layer.reason is not None
-        decoder.counts.count_dense(layer.reason, query.shape[2], layer.pool.length, layer.pool.bytes())
-    output = _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
-    if not is_dense_layer:
-        allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0]
-        decoder.observe(query, layer.pool, terms, allowed, prompt=layer.is_prompt)
-    return output, None
+        return decoder.step(query[:, :, 0], store, terms, allowed)[:, None], None
+    if layer.is_prompt:
+        output = _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
+        if remember:
+            allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0]
+            decoder.observe(query, store, terms, allowed, prompt=True, keys=key)
+        return output, None
+    assert layer.reason is not None
+    decoder.counts.count_dense(layer.reason, query.shape[2], store.length, store.bytes())
+    allowed = _everything(module, query, store.length, attention_mask, kwargs.get("is_causal"))
+    return decoder.attend(query, store, terms, allowed, remember=remember).transpose(1, 2).contiguous(), None
 
 
 def make_mask(**kwargs: Any) -> Tensor | None:
@@ -61,7 +64,7 @@ def _implied(module: nn.Module, query: Tensor, key: Tensor, is_plain: bool, is_c
     """Return the causal mask that None stands for, where the kernel would take it for another one.
 
     It stands for a call without a past. Gemma4 gives its last layers the last queries of it alone, and a static cache
-    has room behind the last key; torch's causal flag knows only the second of these, `dense_attention` only the first.
+    has room behind the last key; torch's causal flag knows only the second of these, `StreamedAttention` only the first.
     """
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return None
@@ -70,6 +73,17 @@ def _implied(module: nn.Module, query: Tensor, key: Tensor, is_plain: bool, is_c
     if not left_out and (is_plain or queries in (1, length)):
         return None
     return torch.ones(1, 1, queries, length, dtype=torch.bool, device=query.device).tril(left_out)
+
+
+def _everything(
+    module: nn.Module, query: Tensor, length: int, mask: Tensor | None, is_causal: bool | None
+) -> Tensor | None:
+    """Return what the queries of a call with a past may attend to, [B, Q, L], or None: the last Q of L, causal."""
+    if mask is not None:
+        return _as_bool(mask)[:, 0]
+    if getattr(module, "is_causal", True) if is_causal is None else is_causal:
+        return None
+    return torch.ones(1, query.shape[2], length, dtype=torch.bool, device=query.device)
 
 
 def _as_bool(mask: Tensor) -> Tensor:
@@ -99,5 +113,6 @@ def _dense(
             module, query, key, value, mask, dropout=dropout, scaling=terms.scale, **kwargs
         )
         return output
-    allowed = None if mask is None else _as_bool(mask)[:, 0]
-    return dense_attention(query, key, value, terms, allowed).transpose(1, 2).contiguous()
+    attention = StreamedAttention(query, key.shape[2], terms, None if mask is None else _as_bool(mask)[:, 0])
+    attention.add(0, key, value)
+    return attention.result().transpose(1, 2).contiguous()

@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicLayer
 
 from attnpred import telemetry
 from attnpred.errors import ConfigError
+from attnpred.store.base import Store
 from attnpred.store.pool import BlockPool
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class TieredLayer(DynamicLayer):
     def __init__(self, block_size: int, index: int) -> None:
         super().__init__()
         self.index = index
-        self.pool = BlockPool(block_size)
+        self.store: Store = BlockPool(block_size)
         self.returned: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
         self.is_awaited = False
         self.reason: str | None = None
@@ -38,13 +39,14 @@ class TieredLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[-2]
-        self.is_prompt = self.pool.length == 0
-        self.pool.append(key_states, value_states)
-        self.reason = None if self.is_prompt else cache.dense_reason(self.index, tokens, self.pool.length)
+        self.is_prompt = self.store.length == 0
+        self.store.append(key_states, value_states)
+        self.reason = None if self.is_prompt else cache.dense_reason(self.index, tokens, self.store.length)
         self.is_sparse = not self.is_prompt and self.reason is None
         if self.reason == telemetry.NOT_ATTACHED:
-            cache.decoder(self.index).counts.count_dense(self.reason, tokens, self.pool.length, self.pool.bytes())
-        keys, values = (key_states, value_states) if self.is_prompt or self.is_sparse else self.pool.view()
+            cache.decoder(self.index).counts.count_dense(self.reason, tokens, self.store.length, self.store.bytes())
+        # Only stock attention needs everything at once; ours reads the store.
+        keys, values = self.store.view() if self.reason == telemetry.NOT_ATTACHED else (key_states, value_states)
         self.returned = weakref.ref(keys), weakref.ref(values)
         self.is_awaited = cache.is_attached
         return keys, values
@@ -54,7 +56,7 @@ class TieredLayer(DynamicLayer):
         return self.returned is not None and self.returned[0]() is key and self.returned[1]() is value
 
     def get_seq_length(self) -> int:
-        return self.pool.length
+        return self.store.length
 
     def get_max_length(self) -> int:
         return -1
@@ -64,7 +66,7 @@ class TieredLayer(DynamicLayer):
         return -1
 
     def reset(self) -> None:
-        self.pool.clear()
+        self.store.clear()
         self.returned = None
         self.is_initialized = False
 
@@ -72,18 +74,18 @@ class TieredLayer(DynamicLayer):
         if tokens_to_remove > 0:
             raise ConfigError(f"got crop({tokens_to_remove}), expected 0 or less: -n removes the last n tokens")
         # Some versions of `generate` bring a tensor; lengths are plain numbers everywhere below.
-        self.pool.crop(max(0, self.pool.length + int(tokens_to_remove)))
+        self.store.crop(max(0, self.store.length + int(tokens_to_remove)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.pool.length:
-            self.pool.select(indices)
+        if self.store.length:
+            self.store.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.pool.length:
-            self.pool.repeat(repeats)
+        if self.store.length:
+            self.store.repeat(repeats)
 
     def offload(self) -> None:
         raise ConfigError(

@@ -22,11 +22,13 @@ def sparse_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of one query per row over selected blocks.
 
-    query [B, Hq, D]; keys [B, Hkv, >= N * P, D], values [..., Dv]; selection [B, Hs, K] of block ids, -1 for none, none
-    twice; sinks [Hq] logits; mask [B, >= length], True where attention is allowed.
+    query [B, Hq, D]; keys [B, Hkv, slots * P, D], values [..., Dv]; selection [B, Hs, K] of block ids, -1 for none, none
+    twice; slots [B, Hs, K]: where these blocks lie in keys and values, None if slot i holds block i; sinks [Hq] logits;
+    mask [B, >= length], True where attention is allowed.
     Returns output [B, Hq, Dv]; block maxima [B, Hs, K], the largest probability in each selected block over the query
     heads that share it; log-sum-exp [B, Hq].
     """
@@ -41,13 +43,14 @@ def sparse_decode(
             logits: list[tuple[int, int, float]] = []
             for slot in range(chosen):
                 block = int(selection[b, s, slot])
+                shift = 0 if slots is None else (int(slots[b, s, slot]) - block) * block_size
                 for token in range(block * block_size, (block + 1) * block_size) if block >= 0 else ():
                     if token >= length or (mask is not None and not bool(mask[b, token])):
                         continue
-                    logit = float(query[b, h].float() @ keys[b, kv, token].float()) * scale
+                    logit = float(query[b, h].float() @ keys[b, kv, token + shift].float()) * scale
                     if softcap is not None:
                         logit = softcap * math.tanh(logit / softcap)
-                    logits.append((slot, token, logit))
+                    logits.append((slot, token + shift, logit))
             extra = [float(sinks[h])] if sinks is not None else []
             top = max([*(logit for _, _, logit in logits), *extra])
             total = sum(math.exp(logit - top) for _, _, logit in logits) + sum(math.exp(x - top) for x in extra)

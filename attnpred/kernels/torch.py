@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def gather_blocks(stored: Tensor, selection: Tensor, block_size: int) -> Tensor:
-    """Return [B, Hs, K * P, D] in fp32: the selected blocks of `stored` [B, Hkv, capacity, D]; id -1 reads block 0."""
+    """Return [B, Hs, K * P, D] in fp32: the slots `selection` of `stored` [B, Hkv, capacity, D]; -1 reads slot 0."""
     batch, kv_heads, capacity, dim = stored.shape
     selecting, blocks = selection.shape[1], capacity // block_size
     head = torch.arange(selecting, device=stored.device) * kv_heads // selecting
@@ -31,12 +31,14 @@ def sparse_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as `reference.sparse_decode`."""
     batch, heads, dim = query.shape
     selecting, chosen = selection.shape[1], selection.shape[2]
-    k = gather_blocks(keys, selection, block_size)
-    v = gather_blocks(values, selection, block_size)
+    places = selection if slots is None else slots
+    k = gather_blocks(keys, places, block_size)
+    v = gather_blocks(values, places, block_size)
     grouped = query.float().view(batch, selecting, heads // selecting, dim)
     logits = (grouped @ k.transpose(-1, -2)) * scale
     if softcap is not None:

@@ -12,7 +12,7 @@ A memory that has no use for one of these ignores it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -81,6 +81,8 @@ class Memory(ABC):
 
     rows: int = 0
     """How many of a prompt's last attention rows it wants; 0 means that it takes no rows at all."""
+    watches: ClassVar[bool] = False
+    """It wants dense calls as a whole (`watch`)."""
 
     @abstractmethod
     def tables(self) -> Sequence[Columns]:

@@ -413,7 +413,7 @@ def test_a_cache_dies_with_its_last_name(model: PreTrainedModel) -> None:
     with attnpred.attach(model, policy="ema", config=SMALL) as attached:
         cache = attached.new_cache()
         greedy(model, TOKENS, 8, past_key_values=cache)
-        alive, keys = weakref.ref(cache), weakref.ref(cache.layers[0].pool.keys)
+        alive, keys = weakref.ref(cache), weakref.ref(cache.layers[0].store.keys)
         del cache
         gc.collect()
         assert alive() is None and keys() is None

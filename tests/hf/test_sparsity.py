@@ -37,7 +37,7 @@ def selections(cache: TieredCache) -> dict[int, Tensor]:
 
 def poison(cache: TieredCache, layer: int, outside: bool, head: int | None = None, parts: str = "kv") -> int:
     """Fill blocks of `layer` outside (or inside) its selection with NaN; return how many of them."""
-    pool, selection = cache.layers[layer].pool, selections(cache)[layer]
+    pool, selection = cache.layers[layer].store, selections(cache)[layer]
     size, count = pool.block_size, 0
     for b in range(selection.shape[0]):
         for h in range(selection.shape[1]) if head is None else [head]:
@@ -51,7 +51,7 @@ def poison(cache: TieredCache, layer: int, outside: bool, head: int | None = Non
 
 
 def step(model: PreTrainedModel, cache: TieredCache) -> Tensor:
-    return model(prompt(cache.layers[0].pool.keys.shape[0], 1, 9), past_key_values=cache).logits  # type: ignore[no-any-return]
+    return model(prompt(cache.layers[0].store.keys.shape[0], 1, 9), past_key_values=cache).logits  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -69,7 +69,7 @@ def test_blocks_outside_the_selection_are_not_read(family: str, policy: str) -> 
             # The forecast may have moved, to blocks that are poisoned: make these as they were in the other cache.
             for layer in poisoned.decoders:
                 for name in ("keys", "values"):
-                    getattr(poisoned.layers[layer].pool, name).copy_(getattr(clean.layers[layer].pool, name))
+                    getattr(poisoned.layers[layer].store, name).copy_(getattr(clean.layers[layer].store, name))
                 poison(poisoned, layer, outside=True)
     assert all(count["sparse_steps"] == 3 for count in poisoned.stats()["layers"])
 
@@ -106,7 +106,7 @@ def test_a_calibration_row_reads_keys_and_no_values() -> None:
         assert cache.decoders[0].memory.rows == 0, "streaming keeps no history, so it never calibrates"
         cache = after_prompt(model, "last_step", settings)
         for steps in range(1, 6):
-            pool = cache.layers[0].pool
+            pool = cache.layers[0].store
             outside = poison(cache, 0, outside=True, parts="v")
             step(model, cache)
             assert outside and cache.decoders[0].memory.row.view().isfinite().all()
@@ -122,7 +122,7 @@ def test_the_memory_past_the_last_token_does_not_matter(policy: str) -> None:
     with attnpred.attach(model, policy="ema", config=NO_CALIBRATION):
         clean, other = (after_prompt(model, policy, NO_CALIBRATION) for _ in range(2))
         for layer in other.decoders:
-            for part in (other.layers[layer].pool.keys, other.layers[layer].pool.values):
+            for part in (other.layers[layer].store.keys, other.layers[layer].store.values):
                 part[:, :, 102:] = 1e4
         assert torch.equal(step(model, clean), step(model, other))
 

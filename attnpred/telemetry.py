@@ -6,7 +6,7 @@ decode steps are counted with their reason; only those in `FALLBACKS` are fallba
 ask for.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -18,10 +18,28 @@ SEVERAL = "several tokens in one call"
 NOT_ATTACHED = "model is not attached"
 FALLBACKS = (NOT_ATTACHED,)
 
+FETCHED = (
+    "selected",
+    "hits",
+    "arrived_late",
+    "fetched_late",
+    "bytes_fetched",
+    "bytes_wasted",
+    "bytes_streamed",
+    "bytes_written",
+    "retries",
+)
+
 
 @dataclass(slots=True)
 class LayerCounts:
-    """Sums over the decode steps of one layer; per-head figures are per kv head."""
+    """Sums over the decode steps of one layer; per-head figures are per kv head.
+
+    What a store with a slow tier counts: selected blocks (of all heads), and of them hits, which lay in fast memory when
+    the step came, arrived_late, which were on their way, and fetched_late, which nobody had requested; bytes fetched for
+    selections, of these wasted (requested, never attended), streamed for dense passes, written; retries of reads;
+    exposed_wait: seconds that steps waited for blocks.
+    """
 
     steps: int = 0
     sparse_steps: int = 0
@@ -38,6 +56,16 @@ class LayerCounts:
     measured: int = 0
     late: Tensor | float = 0.0
     chosen: int = 0
+    selected: int = 0
+    hits: int = 0
+    arrived_late: int = 0
+    fetched_late: int = 0
+    bytes_fetched: int = 0
+    bytes_wasted: int = 0
+    bytes_streamed: int = 0
+    bytes_written: int = 0
+    retries: int = 0
+    exposed_wait: float = 0.0
 
     def count_sparse(self, context: int, attended: int, blocks: int, read: int, full: int) -> None:
         """Count one sparse step."""
@@ -94,28 +122,24 @@ class LayerCounts:
         }
         if self.chosen:
             result["late_share"] = float(self.late) / self.chosen
+        if self.selected or self.bytes_streamed or self.bytes_written:
+            result |= {name: getattr(self, name) for name in FETCHED}
+            result["hit_rate"] = self.hits / self.selected if self.selected else 1.0
+            result["exposed_wait_ms"] = self.exposed_wait * 1e3
         if self.measured:
             recovery, best = float(self.recovery) / self.measured, float(self.best) / self.measured
             result |= {"attention_recovery": recovery, "recovery_ratio": recovery / best}
         return result
 
 
+SUMMED = tuple(entry.name for entry in fields(LayerCounts) if entry.name != "dense")
+
+
 def total(layers: list[LayerCounts]) -> LayerCounts:
     """Add up layers (or caches); steps become layer-steps."""
     result = LayerCounts()
     for layer in layers:
-        for name in ("steps", "sparse_steps", "context_tokens", "tokens_attended", "blocks_selected", "bytes_read"):
-            setattr(result, name, getattr(result, name) + getattr(layer, name))
-        for name in (
-            "calibration_bytes",
-            "digest_bytes",
-            "full_bytes",
-            "recovery",
-            "best",
-            "measured",
-            "late",
-            "chosen",
-        ):
+        for name in SUMMED:
             setattr(result, name, getattr(result, name) + getattr(layer, name))
         for reason, count in layer.dense.items():
             result.dense[reason] = result.dense.get(reason, 0) + count

@@ -1,6 +1,7 @@
 """Every bad setting is one clear line: what was got, what was expected, what to do."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,27 @@ from attnpred.policies.predicted import Predicted
         ({"history": 2.5}, "got history=2.5, expected a whole number"),
         ({"calibration_interval": -1}, "got calibration_interval=-1"),
         ({"dense_layers": True}, "got dense_layers=True"),
+        ({"offload": "tape"}, "got offload='tape', expected one of None, 'cpu', 'disk'$"),
+        ({"offload": False}, "got offload=False, expected one of None, 'cpu', 'disk'$"),
+        ({"offload": ["cpu"]}, r"got offload=\['cpu'\], expected one of"),
+        ({"offload": "cpu", "offload_dtype": "int4"}, "got offload_dtype='int4', expected one of None, 'int8', 'fp8'$"),
+        ({"offload_dir": "/tmp"}, "got offload_dir='/tmp' without offload, expected offload='cpu' or 'disk'$"),
+        ({"offload_dtype": "int8"}, "got offload_dtype='int8' without offload, expected offload='cpu' or 'disk'$"),
+        ({"host_limit": 5}, "got host_limit=5 without offload, expected offload='cpu' or 'disk'$"),
+        ({"disk_limit": 0}, "got disk_limit=0 without offload, expected offload='cpu' or 'disk'$"),
+        *(
+            (
+                {"offload": "disk", name: value},
+                f"got {name}={value!r}, expected a number of bytes, or None for no limit$",
+            )
+            for name in ("fast_limit", "host_limit", "disk_limit")
+            for value in (-1, 1.5, True, "1GB")
+        ),
+        ({"fast_limit": -1}, "got fast_limit=-1, expected a number of bytes"),
+        *(
+            ({"fetch_timeout": value}, f"got fetch_timeout={value!r}, expected seconds above 0$")
+            for value in (0, -1.0, math.inf, math.nan, True, "60", None)
+        ),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
@@ -49,3 +71,30 @@ def test_a_share_is_taken_of_the_context_and_never_too_small() -> None:
     assert config.budget_blocks(300) == config.smallest_budget // 16
     assert CacheConfig(budget=1.0).budget_blocks(1001) == 63
     assert CacheConfig(budget=1000).budget_blocks(5000) == 62
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"offload": "cpu", "host_limit": 0, "offload_dtype": "fp8"},
+        {
+            "offload": "disk",
+            "offload_dir": Path("cache"),
+            "disk_limit": 1 << 40,
+            "host_limit": 1,
+            "offload_dtype": "int8",
+        },
+        {"fast_limit": 0},  # also without offload: fast memory is always there
+        {"fetch_timeout": 1},
+    ],
+)
+def test_good_offload_settings_stay_as_they_are(settings: dict[str, object]) -> None:
+    config = CacheConfig(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+def test_nothing_is_offloaded_unless_asked_for() -> None:
+    config = CacheConfig()
+    names = ("offload", "offload_dir", "offload_dtype", "fast_limit", "host_limit", "disk_limit")
+    assert [getattr(config, name) for name in names] == [None] * len(names)
+    assert config.fetch_timeout == 60

@@ -1,4 +1,7 @@
-"""`attnpred info`: what is installed and what there is to choose from."""
+"""`attnpred info`: what is installed and what there is to choose from; with `--model`, what that model's cache takes.
+
+The second needs the model's config alone, so it can be asked before anything large is downloaded.
+"""
 
 import json
 import platform
@@ -9,13 +12,112 @@ import typer
 
 PACKAGES = ("attnpred", "torch", "transformers")
 
+DEFAULT_CONTEXT = 32768
+"""Tokens, for a model that does not say how many it was made for."""
+
 
 def info(
+    model: Annotated[
+        str | None, typer.Option(help="Show instead what its KV cache takes: a Hub id, a local folder, or `demo`.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of that cache; left out: the most that the model was made for.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Tokens attended, or a share of the context up to 1; left out: 1024.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Which policy chooses; left out: predicted.")] = None,
+    offload: Annotated[
+        str | None, typer.Option(help="Where all other blocks lie: none, cpu or disk; left out: disk.")
+    ] = None,
+    offload_dtype: Annotated[
+        str | None, typer.Option(help="Numbers of the blocks there: int8 or fp8; left out: as they are.")
+    ] = None,
+    dense_layers: Annotated[int | None, typer.Option(help="First layers that stay dense; left out: 2.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of the batch; left out: 1.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Show versions, devices, policies, kernels."""
-    facts = collect()
-    print(json.dumps(facts) if as_json else _text(facts))
+    """Show versions, devices, policies, kernels; or what a model's KV cache takes."""
+    from attnpred.errors import ConfigError
+
+    options: dict[str, Any] = {
+        "context": context,
+        "budget": int(budget) if budget and budget > 1 and budget.is_integer() else budget,
+        "policy": policy,
+        "offload": offload,
+        "offload_dtype": offload_dtype,
+        "dense_layers": dense_layers,
+        "batch": batch,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if model is None and given:
+        option = "--" + next(iter(given)).replace("_", "-")
+        raise ConfigError(f"got {option} without --model, expected the model whose cache it is about: add --model")
+    facts = collect() if model is None else measure(model, **given)
+    print(json.dumps(facts) if as_json else _text(facts if model is None else _sizes(facts)))
+
+
+def measure(
+    model: str,
+    context: int | None = None,
+    policy: str = "predicted",
+    batch: int = 1,
+    offload: str = "disk",
+    **given: Any,
+) -> dict[str, Any]:
+    """Return what the cache of `model` takes with the settings `given`, ready for JSON."""
+    from attnpred.config import CacheConfig
+    from attnpred.errors import UnsupportedModelError
+    from attnpred.hf import make_policy
+    from attnpred.hf.load import load_config
+    from attnpred.hf.sizes import estimate_for
+
+    settings = CacheConfig(offload=None if offload == "none" else offload, **given)
+    config, dtype = load_config(model)
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokens = context or longest or DEFAULT_CONTEXT
+    found = estimate_for(config, settings, make_policy(policy, None, config, settings), dtype, tokens, batch)
+    if not found.full:
+        raise UnsupportedModelError(
+            f"got {model}, which has no full-attention layer, expected one that has: there is nothing to compress"
+        )
+    return {
+        "model": model,
+        "dtype": str(dtype).removeprefix("torch."),
+        "context": tokens,
+        "batch": batch,
+        "policy": policy,
+        "budget": settings.budget,
+        "dense_layers": settings.dense_layers,
+        "offload": settings.offload,
+        "offload_dtype": settings.offload_dtype,
+        "bytes": found.as_dict(),
+        "times_less": found.full / found.fast,
+    }
+
+
+def _sizes(found: dict[str, Any]) -> dict[str, dict[str, str]]:
+    from attnpred.store.estimate import readable
+
+    names = {
+        "full": "full cache",
+        "fast": "fast memory",
+        "pool": "- pool",
+        "memory": "- digests",
+        "tables": "- tables",
+        "buffers": "- buffers",
+        "host": "host memory",
+        "disk": "disk",
+    }
+    rows = {name: readable(found["bytes"][key]) for key, name in names.items()}
+    rows["fast memory"] += f", {found['times_less']:.1f} times less than the full cache"
+    return {
+        f"{found['model']} in {found['dtype']}, {found['context']} tokens, batch {found['batch']}": {
+            "policy": f"{found['policy']}, budget {found['budget']}, dense layers {found['dense_layers']}",
+            "offload": f"{found['offload'] or 'none'}, {found['offload_dtype'] or 'numbers as they are'}",
+        },
+        "bytes": rows,
+    }
 
 
 def collect() -> dict[str, Any]:
@@ -23,7 +125,7 @@ def collect() -> dict[str, Any]:
     from attnpred.evaluation import TASKS
     from attnpred.kernels import BACKENDS, DIGEST, DIGEST_BACKENDS
     from attnpred.policies import POLICIES
-    from attnpred.store import STORES
+    from attnpred.store import TIERS
 
     return {
         "versions": {"python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}},
@@ -34,7 +136,7 @@ def collect() -> dict[str, Any]:
             name: _first_line(backend) + (" (in use)" if name == DIGEST else "")
             for name, backend in DIGEST_BACKENDS.items()
         },
-        "stores": {name: _first_line(store) for name, store in STORES.items()},
+        "tiers": {name: _first_line(tier) for name, tier in TIERS.items()},
         "tasks": {name: _first_line(task) for name, task in TASKS.items()},
         "predictors": _predictors(),
     }

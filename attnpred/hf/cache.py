@@ -1,10 +1,13 @@
 """`TieredCache`: the cache of one sequence (or batch), all of its state, and the only thing that is passed around."""
 
 import copy
+import functools
 import logging
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
+from types import TracebackType
 from typing import Any, final
 
 import torch
@@ -18,9 +21,17 @@ from attnpred.decode import LayerDecoder
 from attnpred.errors import NotSparseError, UnsupportedModelError
 from attnpred.hf.choose import make_policy, make_settings
 from attnpred.hf.layer import TieredLayer
+from attnpred.hf.sizes import estimate_for
 from attnpred.hf.support import is_served, refuse_unsupported
 from attnpred.policies.base import Policy
 from attnpred.predictor.pretrained import Predictor
+from attnpred.store import estimate
+from attnpred.store.backing import open_backing
+from attnpred.store.base import Store
+from attnpred.store.estimate import dense_slots
+from attnpred.store.pool import BlockPool
+from attnpred.store.scratch import absolute
+from attnpred.store.tiered import TieredStore
 
 logger = logging.getLogger("attnpred")
 
@@ -56,20 +67,81 @@ class TieredCache(Cache):
         refuse_unsupported(self.model_config)
         self.settings = make_settings(settings, overrides)
         self.policy = make_policy(policy, predictor, self.model_config, self.settings)
+        self.backing = None
+        if self.settings.offload is not None:
+            self.backing = open_backing(self.settings, pin=torch.cuda.is_available())
+        self.counts: dict[int, telemetry.LayerCounts] = {}
         stock = DynamicCache(config=config).layers
         super().__init__(
             layers=[
-                TieredLayer(self.settings.block_size, i) if is_served(layer) else layer for i, layer in enumerate(stock)
+                TieredLayer(self._make_store(index), index) if is_served(layer) else layer
+                for index, layer in enumerate(stock)
             ]
         )
         self.decoders: dict[int, LayerDecoder] = {}
-        self._warned = False
+        self._admitted = 0
+        self._warned = self._is_closed = False
+
+    def _make_store(self, index: int) -> Store:
+        if self.backing is None:
+            return BlockPool(self.settings.block_size)
+        slots: Callable[[int], int] = functools.partial(dense_slots, self.settings)
+        if not self.policy.is_dense and index >= self.settings.dense_layers:
+            slots = functools.partial(estimate.slots, self.settings)
+        return TieredStore(self.settings.block_size, slots, self.backing, self._counts(index), index)
+
+    def _counts(self, index: int) -> telemetry.LayerCounts:
+        return self.counts.setdefault(index, telemetry.LayerCounts())
 
     def decoder(self, index: int) -> LayerDecoder:
         """Return the decoder of attention layer `index`, made at its first use."""
         if index not in self.decoders:
-            self.decoders[index] = LayerDecoder(self.settings, self.policy, telemetry.LayerCounts(), index)
+            self.decoders[index] = LayerDecoder(self.settings, self.policy, self._counts(index), index)
         return self.decoders[index]
+
+    def admit(self, tokens: int, batch: int = 1, dtype: torch.dtype | None = None) -> None:
+        """Raise `TierFullError` if a context of `tokens` in each of `batch` rows is more than a tier may or can hold."""
+        settings = self.settings
+        is_limited = (settings.fast_limit, settings.host_limit, settings.disk_limit) != (None, None, None)
+        if tokens * batch <= self._admitted or not (is_limited or settings.offload):
+            return
+        self._admitted = tokens * batch
+        kind: Any = dtype or self.model_config.dtype or torch.float32
+        wanted = estimate_for(self.model_config, settings, self.policy, kind, tokens, batch)
+        folder = absolute(None if settings.offload_dir is None else Path(settings.offload_dir))
+        estimate.admit(
+            settings,
+            wanted,
+            estimate.free_host_bytes() if wanted.host else None,
+            estimate.free_disk_bytes(folder) if wanted.disk else None,
+        )
+
+    def fork(self) -> "TieredCache":
+        """Return a second cache that goes on from here by itself: for several questions about one text.
+
+        With `offload` the two share the blocks in the slow tier, and each has fast memory of its own; without, nothing is
+        copied before one of them gets its next token.
+        """
+        return copy.deepcopy(self)
+
+    def close(self) -> None:
+        """Free all memory, and the file if there is one and no fork uses it. The cache cannot be used afterwards."""
+        for layer in self.layers:
+            if type(layer) is TieredLayer:
+                layer.store.clear()
+        for decoder in self.decoders.values():
+            decoder.clear()
+        if self.backing is not None and not self._is_closed:
+            self.backing.close()
+        self._is_closed = True
+
+    def __enter__(self) -> "TieredCache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def is_attached(self) -> bool:
@@ -79,7 +151,7 @@ class TieredCache(Cache):
     def dense_reason(self, index: int, tokens: int, length: int) -> str | None:
         """Return why a later call of `tokens` tokens, to a length of `length`, must be dense; None if it need not."""
         if not self.is_attached:
-            if self.settings.strict:
+            if self.settings.strict or self.backing is not None:  # all of an offloaded cache need not fit anywhere
                 raise NotSparseError(
                     "got a model that is not attached, expected the sparse path: run inside attnpred.attach(model)"
                 )
@@ -126,14 +198,25 @@ class TieredCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         """Copy the sequence; policy and model config stay shared (the config tells whether the model is attached)."""
-        memo |= {id(shared): shared for shared in (self.model_config, self.settings, self.policy)}
+        memo |= {id(shared): shared for shared in (self.model_config, self.settings, self.policy, self.backing)}
+        if self.backing is not None:
+            self.backing.users += 1
         copied = memo[id(self)] = object.__new__(TieredCache)
         vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
 
     def stats(self) -> dict[str, Any]:
         """Return counters per layer and in all (see `attnpred.telemetry`); averages are per decode step."""
-        return telemetry.report([self.decoders[i].counts for i in sorted(self.decoders)], sorted(self.decoders))
+        result = telemetry.report([self.decoders[i].counts for i in sorted(self.decoders)], sorted(self.decoders))
+        result["fast_bytes"] = self.fast_bytes()
+        if self.backing is not None:
+            result["slow_bytes"] = self.backing.tier.used()
+        return result
+
+    def fast_bytes(self) -> int:
+        """Bytes of fast memory that keys and values, their tables and the policy's memory take now."""
+        stores = sum(layer.store.fast_bytes() for layer in self.layers if type(layer) is TieredLayer)
+        return stores + sum(int(decoder.memory.bytes()) for decoder in self.decoders.values())
 
     def reset(self) -> None:
         super().reset()

@@ -9,7 +9,6 @@ from transformers.cache_utils import DynamicLayer
 from attnpred import telemetry
 from attnpred.errors import ConfigError
 from attnpred.store.base import Store
-from attnpred.store.pool import BlockPool
 
 if TYPE_CHECKING:
     from attnpred.hf.cache import TieredCache
@@ -17,12 +16,11 @@ if TYPE_CHECKING:
 
 @final
 class TieredLayer(DynamicLayer):
-    """Keys and values of one full-attention layer in a `BlockPool`; see `attnpred.hf` for `update`."""
+    """Keys and values of one full-attention layer in a store; see `attnpred.hf` for `update`."""
 
-    def __init__(self, block_size: int, index: int) -> None:
+    def __init__(self, store: Store, index: int) -> None:
         super().__init__()
-        self.index = index
-        self.store: Store = BlockPool(block_size)
+        self.index, self.store = index, store
         self.returned: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
         self.is_awaited = False
         self.reason: str | None = None
@@ -38,8 +36,10 @@ class TieredLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        tokens = key_states.shape[-2]
+        batch, _, tokens, _ = key_states.shape
         self.is_prompt = self.store.length == 0
+        if self.is_prompt:
+            cache.admit(tokens, batch, key_states.dtype)
         self.store.append(key_states, value_states)
         self.reason = None if self.is_prompt else cache.dense_reason(self.index, tokens, self.store.length)
         self.is_sparse = not self.is_prompt and self.reason is None

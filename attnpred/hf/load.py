@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TextStreamer
 
 from attnpred.errors import UnsupportedModelError
 
@@ -21,11 +21,23 @@ def load_model(name: str, *, device: str | None = None, dtype: str | torch.dtype
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"got model {name!r}, expected a Hub id, a local folder or 'demo': {first}"
-        ) from None
+        raise _no_model(name, error) from None
     return model.to(where).eval(), tokenizer
+
+
+def load_config(name: str) -> tuple[PreTrainedConfig, torch.dtype]:
+    """Return (config, dtype) of what `load_model(name)` would load, without its weights."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(DEMO_MODEL) if name == "demo" else name)
+    except (OSError, ValueError) as error:
+        raise _no_model(name, error) from None
+    dtype: Any = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    return config, torch.float32 if name == "demo" and not torch.cuda.is_available() else dtype
+
+
+def _no_model(name: str, error: Exception) -> UnsupportedModelError:
+    first = str(error).strip().splitlines()[0]
+    return UnsupportedModelError(f"got model {name!r}, expected a Hub id, a local folder or 'demo': {first}")
 
 
 def text_streamer(tokenizer: Any) -> Any:

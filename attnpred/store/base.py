@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-PIECE_TOKENS = 2048
+PIECE_TOKENS = 1024
 """Tokens of a piece that dense attention takes at once, rounded down to whole blocks."""
 
 

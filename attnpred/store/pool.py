@@ -8,7 +8,7 @@ A fork shares the tensors until one of the two appends, which then makes a copy 
 """
 
 from collections.abc import Iterator
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -89,6 +89,9 @@ class BlockPool(Store):
         other.length, other.keys, other.values = self.length, self.keys, self.values
         self._is_shared = other._is_shared = True
         return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BlockPool":
+        return self.fork()
 
     def crop(self, length: int) -> None:
         self.length = min(self.length, length)

@@ -51,6 +51,10 @@ class Tier(ABC):
         """Return the bytes in use by kind of memory: "host", "disk"."""
 
     @abstractmethod
+    def describe(self) -> str:
+        """Return what an error calls it: the file's path, or "host memory"."""
+
+    @abstractmethod
     def close(self) -> None:
         """Free everything."""
 

@@ -1,0 +1,97 @@
+"""`Records`: where the sealed blocks of one layer lie in a tier. Shared by the stores of a cache and of its forks.
+
+A *record* is one block of one batch row: the encoded keys and values (a *unit*) of its kv heads, one after the other. It is
+written once and never changed; several batch rows (beams) and several forks may use it, and when the last one drops it,
+its place is written anew. Records are taken from *segments*, stretches of about a megabyte, so that blocks that follow each
+other in the text mostly follow each other in the file: a piece of a dense pass is then one long read.
+
+`checks` holds a check value of every unit, in fast memory: what comes back from a tier is compared with it.
+"""
+
+import heapq
+from collections.abc import Iterator
+from typing import final
+
+import torch
+from torch import Tensor
+
+from attnpred.store.tier import Tier, buffer
+
+SEGMENT_BYTES = 1 << 20
+
+
+@final
+class Records:
+    """address, segment [n]: of each record; users [n]: how many batch rows use it; checks [n, units]."""
+
+    def __init__(self, tier: Tier, units: int, unit_bytes: int) -> None:
+        self.tier, self.units, self.unit_bytes = tier, units, unit_bytes
+        self.record_bytes = units * unit_bytes
+        self.per_segment = max(1, SEGMENT_BYTES // self.record_bytes)
+        self.address = torch.empty(0, dtype=torch.int64)
+        self.segment = torch.empty(0, dtype=torch.int32)
+        self.users = torch.empty(0, dtype=torch.int32)
+        self.checks = torch.empty(0, units, dtype=torch.int32)
+        self.free: list[int] = []
+        self.segments = 0
+        self.holders = 1
+        """Stores that use them."""
+
+    def take(self, count: int) -> Tensor:
+        """Return the ids of `count` records to be written, each with one user. Raises `TierFullError`."""
+        while len(self.free) < count:
+            self._extend(self.tier.allocate(self.per_segment * self.record_bytes), self.per_segment)
+        ids = torch.tensor([heapq.heappop(self.free) for _ in range(count)], dtype=torch.int64)
+        self.users[ids] = 1
+        return ids
+
+    def _extend(self, place: int, count: int) -> None:
+        known = self.address.numel()
+        self.address = torch.cat((self.address, place + torch.arange(count) * self.record_bytes))
+        self.segment = torch.cat((self.segment, torch.full((count,), self.segments, dtype=torch.int32)))
+        self.users = torch.cat((self.users, torch.zeros(count, dtype=torch.int32)))
+        self.checks = torch.cat((self.checks, torch.zeros(count, self.units, dtype=torch.int32)))
+        for record in range(known, known + count):
+            heapq.heappush(self.free, record)
+        self.segments += 1
+
+    def adopt(self, place: int, checks: Tensor) -> Tensor:
+        """Take over records that lie one after the other from `place` on, checks [n, units]; return their ids."""
+        assert not self.free
+        self._extend(place, checks.shape[0])
+        ids = torch.tensor(self.free, dtype=torch.int64)
+        self.free = []
+        self.users[ids], self.checks[ids] = 1, checks
+        return ids
+
+    def write(self, ids: Tensor, data: Tensor, checks: Tensor) -> None:
+        """Write records `ids` [n]: data uint8 [n, record_bytes] in host memory, checks [n, units]."""
+        self.checks[ids] = checks
+        for first, last, place in self._runs(ids):
+            self.tier.write(place, buffer(data[first:last]))
+
+    def _runs(self, ids: Tensor) -> Iterator[tuple[int, int, int]]:
+        """Yield (first, last, place) of stretches of `ids` that lie one after the other."""
+        places, segments = self.address[ids].tolist(), self.segment[ids].tolist()
+        first = 0
+        for i in range(1, len(places) + 1):
+            ends = i == len(places)
+            if ends or segments[i] != segments[i - 1] or places[i] != places[i - 1] + self.record_bytes:
+                yield first, i, places[first]
+                first = i
+
+    def share(self, ids: Tensor) -> None:
+        """Count one user more for every mention of a record in `ids`."""
+        flat = ids.flatten()
+        self.users.index_add_(0, flat, torch.ones(flat.numel(), dtype=torch.int32))
+
+    def drop(self, ids: Tensor) -> None:
+        """Count one user less for every mention; records that nobody uses are free."""
+        flat = ids.flatten()
+        self.users.index_add_(0, flat, torch.full((flat.numel(),), -1, dtype=torch.int32))
+        for record in flat.unique()[self.users[flat.unique()] == 0].tolist():
+            heapq.heappush(self.free, record)
+
+    def bytes(self) -> int:
+        """Bytes of fast memory that it holds."""
+        return self.address.numel() * (8 + 4 + 4 + 4 * self.units)

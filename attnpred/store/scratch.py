@@ -1,0 +1,134 @@
+"""`Scratch`: one scratch file of this process, its name, its lock, its end; and the cleaning up after processes that died.
+
+Names are `attnpred-<pid>-<random>.kv`, in a folder of mode 0700 that is the user's own. The life of a file is the life of
+its lock (`flock`, which the kernel drops with the process, however that ends): whoever makes a file first removes those
+in the folder whose lock can be had. A process that was forked meanwhile holds the lock too, until it ends.
+
+Between the making of a file and its locking, another process may take it for a dead one's. So the lock is taken without
+waiting, and the file counts only if it still has its name afterwards; else there is another try under another name.
+"""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from typing import final
+
+from attnpred.errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+IS_SUPPORTED = fcntl is not None and hasattr(os, "preadv")
+"""Whether this platform has what a file tier needs."""
+
+TRIES = 16
+"""A cleaner has to hit the same few microseconds this many times in a row."""
+
+
+def absolute(folder: Path | None) -> Path:
+    """Return `folder`, by default the one for scratch files in the user's cache folder, as it is seen from anywhere."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # The specification of these folders wants relative ones ignored.
+        default = (Path(cache) if Path(cache).is_absolute() else Path("~/.cache")) / "attnpred" / "kv"
+        return (folder or default).expanduser().absolute()
+    except RuntimeError as error:
+        raise StoreError("got a user without a home folder, expected one for scratch files: name a folder") from error
+
+
+def make_private(folder: Path) -> None:
+    """Make `folder` and its missing parents, for the user alone; leave alone what is there."""
+    if not folder.is_dir():
+        make_private(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove the scratch files of dead processes from `folder`."""
+    for path in folder.glob("attnpred-*.kv"):
+        # Held by a living process, gone meanwhile, or another user's: not ours to remove.
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(fd)
+
+
+def make(folder: Path) -> tuple[Path, int]:
+    """Return the path and the descriptor of a new file in `folder`, locked. Raises `OSError`."""
+    for _ in range(TRIES):
+        path = folder / f"attnpred-{os.getpid()}-{secrets.token_hex(8)}.kv"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.stat()
+            return path, fd
+        except (BlockingIOError, FileNotFoundError):  # a cleaner has it, or had it
+            os.close(fd)
+        except BaseException:  # no locks in this file system, or an interrupt
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+    raise FileNotFoundError(None, "a file that vanished as soon as it was made", str(folder))
+
+
+@final
+class Held:
+    """A file descriptor that is closed when nobody holds it any more: a call that still runs keeps its number its own."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._process = os.getpid()
+
+    def __del__(self) -> None:
+        if self._process == os.getpid():  # a fork may have closed it, and given the number to another file
+            os.close(self.number)
+
+
+@final
+class Scratch:
+    """One scratch file, from `open` to `close`, of the process that opened it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path: Path | None = None
+        self._fd: Held | None = None
+        self._process = os.getpid()
+        self._is_closed = False
+
+    def open(self) -> None:
+        """Clean the folder and make the file, if there is none yet. Raises `OSError`."""
+        if self.path is None and not self._is_closed:
+            make_private(self.folder)
+            clean(self.folder)
+            self._process = os.getpid()
+            self.path, number = make(self.folder)
+            self._fd = Held(number)
+
+    @property
+    def fd(self) -> Held:
+        """The descriptor, to be held as long as it is used; raises `StoreError` where there is none to use."""
+        if self._process != os.getpid():
+            # Two processes would give the same bytes of the one file to different blocks.
+            raise StoreError(
+                f"got a call from process {os.getpid()} for {self.path}, expected one from process {self._process}, "
+                f"which made it: make a cache of its own in each process"
+            )
+        if self._fd is None:
+            raise StoreError(f"got a call for a scratch file in {self.folder}, expected it open: close last")
+        return self._fd
+
+    def close(self) -> None:
+        """Remove the file; the file of another process, which a fork inherits, is left alone."""
+        if self._process == os.getpid():
+            self._is_closed = True
+            if self.path is not None:
+                # By its name first: as long as it has one it is also locked.
+                with contextlib.suppress(OSError):
+                    self.path.unlink(missing_ok=True)
+            self._fd = None

@@ -11,7 +11,7 @@ prompt is computed by others (`observe`); that of a chunk of a prompt, a second 
 goes over the pieces of the store (`attend`), and so does a single token that is to attend to everything.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import torch
@@ -23,6 +23,7 @@ from attnpred.kernels.streamed import StreamedAttention, StreamedRows
 from attnpred.kernels.torch import sparse_decode
 from attnpred.policies.base import Policy, View
 from attnpred.policies.select import Zone, limit_late, select_blocks, zone_at
+from attnpred.predictor.memory import State, inside
 from attnpred.store.base import Store
 from attnpred.telemetry import LayerCounts
 
@@ -260,6 +261,28 @@ class LayerDecoder:
         """Remember in which block each row begins, if rows are padded on the left."""
         if mask is not None:
             self.first_block = mask[:, -1].int().argmax(-1) // self.config.block_size
+
+    def state(self) -> State:
+        """Return the state of the sequence, without the counters; tensors are its own, not copies."""
+        found: State = {"steps": self.steps} | {f"memory.{name}": x for name, x in self.memory.state().items()}
+        if self.first_block is not None:
+            found["first_block"] = self.first_block
+        for name, chosen in (("pending", self.pending), ("attended", self.attended)):
+            if chosen is not None:
+                found |= {f"{name}.length": chosen[0].length, f"{name}.blocks": chosen[1]}
+        return found
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from the `state` of another decoder of the same layer, whose tensors are this one's from now on."""
+        self.clear()
+        self.memory.restore(inside("memory.", state))
+        self.steps, self.first_block = state["steps"], state.get("first_block")
+        self.pending, self.attended = (
+            (zone_at(self.config, state[f"{name}.length"]), state[f"{name}.blocks"])
+            if f"{name}.blocks" in state
+            else None
+            for name in ("pending", "attended")
+        )
 
     def crop(self, length: int) -> None:
         """Tokens from `length` on were removed."""

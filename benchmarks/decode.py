@@ -44,13 +44,14 @@ def steps_ms(model: torch.nn.Module, cache: object, tokens: torch.Tensor, contex
     return statistics.median(times)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--budget", type=int, default=320)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    parser.add_argument("--json", action="store_true", help="the last line is JSON in any case")
+    args = parser.parse_args(arguments)
     model, tokenizer = load_model("demo")
     tokens = tokenizer(demo_book(), return_tensors="pt", verbose=False)["input_ids"][:, : args.context + args.steps]
     text = model.config

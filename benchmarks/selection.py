@@ -162,13 +162,14 @@ def measure(context: int, rounds: int, only: list[str] | None = None) -> list[di
     return rows
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
     parser.add_argument("--out", type=Path, help="Write the last line there too.")
     parser.add_argument("--variants", nargs="*", help="Only these.")
-    args = parser.parse_args()
+    parser.add_argument("--json", action="store_true", help="the last line is JSON in any case")
+    args = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for context in args.contexts:
         for row in measure(context, args.rounds, args.variants):

@@ -1,4 +1,4 @@
-"""Documents that cannot go stale: generated pages are current, and the README's code runs."""
+"""Documents that cannot go stale: generated pages are current, and code on pages runs."""
 
 import re
 from importlib.metadata import version
@@ -10,7 +10,14 @@ from tools import docs_cli, readme_table, recovery_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+PAGES = ("README.md", "docs/howto.md")
+SNIPPETS = [
+    (page, code)
+    for page in PAGES
+    for code in re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+]
 
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 
@@ -30,15 +37,17 @@ def test_the_tables_of_the_predictor_page_are_current() -> None:
     assert recovery_tables.main(["--check"]) == 0
 
 
-def test_readme_has_code() -> None:
-    assert SNIPPETS
+def test_pages_have_code() -> None:
+    assert {page for page, _ in SNIPPETS} == set(PAGES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_readme_code_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_pages_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(SNIPPETS[number], f"README.md, block {number + 1}", "exec"), {"__name__": "__main__"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    page, code = SNIPPETS[number]
+    exec(compile(code, f"{page}, {number + 1}", "exec"), {"__name__": "__main__"})
 
 
 def test_readme_paths_exist() -> None:

@@ -5,6 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
+LATE_SHARE = 0.06
+"""Of the 34 blocks of a selection 2: what is fetched late is waited for."""
+
+WHERE = {
+    None: "All keys and values lie in fast memory: this counts what is read, not what is stored.",
+    "cpu": "Fast memory holds the chosen blocks and what the policy remembers; all blocks lie in host memory as well.",
+    "disk": "Fast memory holds the chosen blocks and what the policy remembers; all blocks lie in a file, which is gone now.",
+}
+
 
 def demo(
     context: Annotated[int, typer.Option(min=1, help="Tokens of the book that are read.")] = 8192,
@@ -16,6 +25,13 @@ def demo(
         int, typer.Option(help="A true attention row every this many steps, which reads all keys; 0: never.")
     ] = 0,
     dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 0,
+    offload: Annotated[
+        str, typer.Option(help="Where the blocks lie that the policy did not choose: none (in memory), cpu or disk.")
+    ] = "disk",
+    late_share: Annotated[
+        float | None,
+        typer.Option(help="Most of a selection that may be fetched late; left out: 0.06, or no limit without offload."),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="A text of your own instead of the embedded book.")] = None,
     figure: Annotated[
         Path | None, typer.Option(help="Write a picture of a head's attention over time (extra `plot`).")
@@ -26,6 +42,7 @@ def demo(
     """Answer questions about a long book twice: with the full KV cache, and with a predicted part of it."""
     import json
     import sys
+    from dataclasses import replace
 
     from attnpred.config import CacheConfig
     from attnpred.errors import ConfigError
@@ -43,7 +60,11 @@ def demo(
     layers = int(model.config.num_hidden_layers)
     chooses = make_policy(policy, None, model.config, CacheConfig())
     digests = digest_share(model.config, chooses, next(model.parameters()).element_size())
-    settings = demo_settings(context, compression, calibration, dense_layers, layers, digests)
+    settings = replace(
+        demo_settings(context, compression, calibration, dense_layers, layers, digests),
+        offload=None if offload == "none" else offload,
+        late_share=LATE_SHARE if late_share is None and offload != "none" else late_share,
+    )
     result = compare(
         model,
         tokenizer,
@@ -59,7 +80,12 @@ def demo(
 
         title = f"layer {picture.layer}, kv head {picture.head}, {context} tokens of context"
         draw(picture.true, picture.predicted, picture.selected, title, figure)
-    result |= {"policy": policy, "figure": str(figure) if figure is not None and picture is not None else None}
+    result |= {
+        "policy": policy,
+        "offload": settings.offload,
+        "late_share": settings.late_share,
+        "figure": str(figure) if figure is not None and picture is not None else None,
+    }
     print(_table(result, policy))
     if as_json:
         print(json.dumps(result))
@@ -78,8 +104,12 @@ def _table(result: dict[str, Any], policy: str) -> str:
         ("bits per byte, continuation", f"{full['bits_per_byte']:.3f}", f"{part['bits_per_byte']:.3f}"),
         ("tokens attended per step", f"{full['tokens_attended']:.0f}", f"{part['tokens_attended']:.0f}"),
         ("KV bytes read per step", f"{full['read_bytes_per_step']:,.0f}", f"{part['read_bytes_per_step']:,.0f}"),
+        ("fast memory, bytes", f"{full['fast_bytes']:,}", f"{part['fast_bytes']:,}"),
         ("ms per token", f"{full['ms_per_token']:.1f}", f"{part['ms_per_token']:.1f}"),
     ]
+    if "hit_rate" in part:
+        rows.append(("blocks there when needed", "", f"{part['hit_rate']:.1%}"))
+        rows.append(("ms per token waiting for them", "", f"{part['exposed_wait_ms']:.2f}"))
     lines += [f"{name:<30}{left:>16}{right:>16}" for name, left, right in rows]
     lines += [
         "",
@@ -87,7 +117,7 @@ def _table(result: dict[str, Any], policy: str) -> str:
         f"(budget {result['budget_tokens']} of {result['context_tokens']} tokens per head and layer).",
         f"{result['attention_recovery']:.1%} of the true attention falls on the chosen blocks; "
         f"{result['recovery_ratio']:.1%} of what the best blocks of that number would get.",
-        "All keys and values still lie in memory: this counts what is read, not what is stored.",
+        WHERE[result["offload"]],
     ]
     if result["figure"]:
         lines.append(f"Picture: {result['figure']}")

@@ -25,6 +25,25 @@ def generate(
         typer.Option(help="A dense row every this many steps; 0: never; left out: what the policy asks for."),
     ] = None,
     dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 2,
+    offload: Annotated[
+        str, typer.Option(help="Where the blocks lie that the budget does not hold: none (in memory), cpu or disk.")
+    ] = "none",
+    offload_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the file; left out: in your own cache folder.")
+    ] = None,
+    offload_dtype: Annotated[
+        str | None, typer.Option(help="Numbers of the blocks there: int8 or fp8; left out: as they are.")
+    ] = None,
+    late_share: Annotated[
+        float | None, typer.Option(help="Most of a selection that may be fetched late, 0 to 1; left out: no limit.")
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read the prompt in pieces of so many tokens; left out: all at once."),
+    ] = None,
+    fast_limit: Annotated[int | None, typer.Option(help="Most bytes of fast memory.")] = None,
+    host_limit: Annotated[int | None, typer.Option(help="Most bytes of host memory.")] = None,
+    disk_limit: Annotated[int | None, typer.Option(help="Most bytes of disk.")] = None,
     strict: Annotated[bool, typer.Option(help="Fail rather than fall back to dense attention.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print what was read, to stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print text and counters as one JSON object.")] = False,
@@ -52,6 +71,13 @@ def generate(
         recent_window=recent_window,
         calibration_interval=calibration,
         dense_layers=dense_layers,
+        late_share=late_share,
+        offload=None if offload == "none" else offload,
+        offload_dir=offload_dir,
+        offload_dtype=offload_dtype,
+        fast_limit=fast_limit,
+        host_limit=host_limit,
+        disk_limit=disk_limit,
         strict=strict,
     )
     lm, tokenizer = load_model(model)
@@ -71,20 +97,32 @@ def generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=max_new_tokens,
+            prefill_chunk_size=prefill_chunk,
             streamer=None if as_json else text_streamer(tokenizer),
             **sampling,
         )
         counters = attached.stats()
+    total = counters["total"]
+    if "hit_rate" in total:
+        total["exposed_wait_ms_per_token"] = total["exposed_wait_ms"] * len(counters["layers"]) / max(1, total["steps"])
     if as_json:
         completion = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
         print(json.dumps({"prompt_tokens": tokens.shape[1], "text": completion, "stats": counters}))
     if stats:
-        total = counters["total"]
         print(f"prompt {tokens.shape[1]} tokens, new {out.shape[1] - tokens.shape[1]}", file=sys.stderr)
         for layer in [*counters["layers"], total | {"layer": "all"}]:
             print(
                 f"layer {layer['layer']:>3}: attended {layer['tokens_attended']:.0f} of {layer['context_tokens']:.0f} tokens per step, "
                 f"read {layer['bytes_read'] + layer['calibration_bytes'] + layer['digest_bytes']:,} of {layer['full_bytes']:,} KV bytes "
                 f"({layer['compression']:.1f}x less), dense {layer['dense'] or 'never'}",
+                file=sys.stderr,
+            )
+        print(f"fast memory: {counters['fast_bytes']:,} bytes", file=sys.stderr)
+        if "hit_rate" in total:
+            print(
+                f"{' and '.join(f'{kind}: {size:,} bytes' for kind, size in counters['slow_bytes'].items())}; "
+                f"{total['hit_rate']:.1%} of the selected blocks were there when needed, "
+                f"waited {total['exposed_wait_ms_per_token']:.2f} ms per token for the others, "
+                f"fetched {total['bytes_fetched']:,} and streamed {total['bytes_streamed']:,} bytes",
                 file=sys.stderr,
             )

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from attnpred.cli.bench import bench
 from attnpred.cli.capture import capture
 from attnpred.cli.demo import demo
 from attnpred.cli.eval import evaluate
@@ -28,8 +29,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "capture": capture,
     "train": train,
     "eval": evaluate,
+    "bench": bench,
     "info": info,
 }
+
+PASSES_ON = {"bench": {"allow_extra_args": True, "ignore_unknown_options": True}}
+"""Commands that hand further options to somebody else."""
 
 USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 1
 
@@ -61,7 +66,7 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     for name, command in COMMANDS.items():
-        app.command(name)(command)
+        app.command(name, context_settings=PASSES_ON.get(name))(command)
     return app
 
 

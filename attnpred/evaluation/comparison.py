@@ -2,10 +2,11 @@
 
 What the demo runs. Bytes and compression are counted by the cache while it continues the text (`attnpred.telemetry`):
 all keys and values a dense step would read over all that were read, dense layers and calibration rows included. The
-run that measures recovery looks at every key, so it is a run of its own, and is not the one that is timed.
+full cache lies in memory; `settings.offload` says where the blocks of the other one lie. The run that measures recovery
+looks at every key, so it is a run of its own, in memory, and is not the one that is timed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from attnpred.evaluation import facts_task
 from attnpred.evaluation.continuation import Continuation, continue_text
 from attnpred.policies.base import Policy, View
 from attnpred.policies.select import zone_at
+
+IN_MEMORY: dict[str, Any] = dict.fromkeys(("offload", "offload_dir", "offload_dtype", "host_limit", "disk_limit"))
+"""Settings of a cache that lies in fast memory altogether."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +84,16 @@ def compare(
     }
     facts = [fact for document in asked for fact in document.facts]
     given: dict[str, list[str]] = {}
-    for name, chosen, by in (("full", "full", "full"), ("predicted", policy, chooses)):
+    in_memory = replace(settings, **IN_MEMORY)
+    for name, chosen, by, where in (("full", "full", "full", in_memory), ("predicted", policy, chooses, settings)):
         say(f"{chosen}: {plan.documents * plan.facts} questions about {plan.documents} texts of {plan.context} tokens")
-        with hf.attach(model, policy=by, config=settings) as attached:
+        with hf.attach(model, policy=by, config=where) as attached:
             given[name] = facts_task.answers(model, tokenizer, asked)
             say(f"{chosen}: continuing the book by {plan.steps} tokens")
-            cache = attached.new_cache()
-            continued = continue_text(model, tokenizer, tokens, plan.context, cache)
-        correct = sum(answer == fact.answer for answer, fact in zip(given[name], facts, strict=True))
-        result[name] = _row(correct, len(facts), continued, cache.stats()["total"], len(cache.decoders))
+            with attached.new_cache() as cache:
+                continued = continue_text(model, tokenizer, tokens, plan.context, cache)
+                correct = sum(answer == fact.answer for answer, fact in zip(given[name], facts, strict=True))
+                result[name] = _row(correct, len(facts), continued, cache.stats(), len(cache.decoders))
     result["compression"] = result["full"]["read_bytes_per_step"] / result["predicted"]["read_bytes_per_step"]
     result["answers"] = [
         {
@@ -100,20 +105,25 @@ def compare(
         for fact, full, part in zip(facts, given["full"], given["predicted"], strict=True)
     ]
     say("recovery: comparing each step's selection with its true attention")
-    measured, picture = _measure(model, tokenizer, tokens, plan, chooses, settings)
+    measured, picture = _measure(model, tokenizer, tokens, plan, chooses, in_memory)
     return result | measured | {"picture": picture}
 
 
 def _row(correct: int, total: int, continued: Continuation, stats: dict[str, Any], layers: int) -> dict[str, Any]:
-    steps = stats["steps"] / layers
-    return {
+    counted = stats["total"]
+    steps = counted["steps"] / layers
+    row = {
         "correct": correct,
         "total": total,
         "bits_per_byte": continued.bits_per_byte,
-        "read_bytes_per_step": (stats["bytes_read"] + stats["calibration_bytes"] + stats["digest_bytes"]) / steps,
-        "tokens_attended": stats["tokens_attended"],
+        "read_bytes_per_step": (counted["bytes_read"] + counted["calibration_bytes"] + counted["digest_bytes"]) / steps,
+        "tokens_attended": counted["tokens_attended"],
         "ms_per_token": continued.ms_per_token,
+        "fast_bytes": stats["fast_bytes"],
     }
+    if "hit_rate" in counted:
+        row |= {"hit_rate": counted["hit_rate"], "exposed_wait_ms": counted["exposed_wait_ms"] / steps}
+    return row
 
 
 def _measure(

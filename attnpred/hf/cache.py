@@ -6,13 +6,14 @@ import logging
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from attnpred import telemetry
@@ -31,6 +32,7 @@ from attnpred.store.base import Store
 from attnpred.store.estimate import dense_slots
 from attnpred.store.pool import BlockPool
 from attnpred.store.scratch import absolute
+from attnpred.store.tier import Tier
 from attnpred.store.tiered import TieredStore
 
 logger = logging.getLogger("attnpred")
@@ -52,6 +54,9 @@ class TieredCache(Cache):
         with attnpred.attach(model):
             cache = attnpred.TieredCache(model.config, budget=1024)
             model.generate(**inputs, past_key_values=cache)
+            cache.save("document.kv")  # and later, or elsewhere: TieredCache.load("document.kv", model)
+
+    saved: a file below the slow tier, for `load`.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class TieredCache(Cache):
         policy: str | Policy[Any] = "predicted",
         settings: CacheConfig | None = None,
         predictor: Predictor | str | Path | None = None,
+        saved: Tier | None = None,
         **overrides: Any,
     ) -> None:
         self.model_config = config.get_text_config(decoder=True)
@@ -69,7 +75,8 @@ class TieredCache(Cache):
         self.policy = make_policy(policy, predictor, self.model_config, self.settings)
         self.backing = None
         if self.settings.offload is not None:
-            self.backing = open_backing(self.settings, pin=torch.cuda.is_available())
+            self.backing = open_backing(self.settings, pin=torch.cuda.is_available(), saved=saved)
+            self.backing.users.add(self)
         self.counts: dict[int, telemetry.LayerCounts] = {}
         stock = DynamicCache(config=config).layers
         super().__init__(
@@ -79,8 +86,12 @@ class TieredCache(Cache):
             ]
         )
         self.decoders: dict[int, LayerDecoder] = {}
+        self.tokens: Tensor | None = None
+        """Ids [B, L] of what it holds, where they are known: after `generate` of an attached model, and when loaded."""
+        self.saved_tokens = 0
+        """Tokens of a row whose blocks lie in the file that it was loaded from."""
         self._admitted = 0
-        self._warned = self._is_closed = False
+        self._warned = False
 
     def _make_store(self, index: int) -> Store:
         if self.backing is None:
@@ -108,6 +119,9 @@ class TieredCache(Cache):
         self._admitted = tokens * batch
         kind: Any = dtype or self.model_config.dtype or torch.float32
         wanted = estimate_for(self.model_config, settings, self.policy, kind, tokens, batch)
+        if self.saved_tokens:
+            new = max(0, tokens - self.saved_tokens)
+            wanted = replace(wanted, host=wanted.host * new // tokens, disk=wanted.disk * new // tokens)
         folder = absolute(None if settings.offload_dir is None else Path(settings.offload_dir))
         estimate.admit(
             settings,
@@ -115,6 +129,39 @@ class TieredCache(Cache):
             estimate.free_host_bytes() if wanted.host else None,
             estimate.free_disk_bytes(folder) if wanted.disk else None,
         )
+
+    def save(self, path: str | Path, tokens: Tensor | None = None) -> None:
+        """Write the cache to a file, all of it or nothing: keys, values, and all that the policy remembers.
+
+        tokens [B, L]: ids of all that it has seen, for `load(prefix=)`; `generate` of an attached model notes them itself.
+        Raises `CacheFileError`, and `StoreError` if a block cannot be read back.
+        """
+        from attnpred.hf.saving import save  # which needs this class
+
+        save(self, path, tokens)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: PreTrainedModel,
+        *,
+        prefix: Tensor | None = None,
+        policy: Policy[Any] | None = None,
+        predictor: Predictor | str | Path | None = None,
+        **overrides: Any,
+    ) -> "TieredCache":
+        """Return a cache that goes on exactly where the saved one was; its blocks are read when they are needed.
+
+        prefix: token ids [L] or [1, L] that are to be continued: what they have in common with those of the saved cache is
+        kept, the rest of it cut off, so that `model.generate(prefix, past_key_values=cache)` computes what is new alone.
+        policy, predictor: those it was saved with, where they do not come with attnpred. overrides: settings on which
+        nothing saved depends: `offload`, `offload_dir`, limits, `fetch_timeout`, `late_share`, `measure_recovery`, `strict`.
+        Raises `CacheFileError` for a file that is damaged, or was saved with another model, dtype or predictor.
+        """
+        from attnpred.hf.loading import load  # which needs this class
+
+        return load(path, model, prefix=prefix, policy=policy, predictor=predictor, **overrides)
 
     def fork(self) -> "TieredCache":
         """Return a second cache that goes on from here by itself: for several questions about one text.
@@ -131,9 +178,9 @@ class TieredCache(Cache):
                 layer.store.clear()
         for decoder in self.decoders.values():
             decoder.clear()
-        if self.backing is not None and not self._is_closed:
-            self.backing.close()
-        self._is_closed = True
+        self._forget()
+        if self.backing is not None:
+            self.backing.close(self)
 
     def __enter__(self) -> "TieredCache":
         return self
@@ -173,6 +220,7 @@ class TieredCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         LAST_UPDATED.set(weakref.ref(self))
+        self.tokens = None  # it holds more now
         if type(self.layers[layer_idx]) is TieredLayer:
             kwargs["cache"] = self
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -199,9 +247,9 @@ class TieredCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         """Copy the sequence; policy and model config stay shared (the config tells whether the model is attached)."""
         memo |= {id(shared): shared for shared in (self.model_config, self.settings, self.policy, self.backing)}
-        if self.backing is not None:
-            self.backing.users += 1
         copied = memo[id(self)] = object.__new__(TieredCache)
+        if self.backing is not None:
+            self.backing.users.add(copied)
         vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
 
@@ -218,28 +266,37 @@ class TieredCache(Cache):
         stores = sum(layer.store.fast_bytes() for layer in self.layers if type(layer) is TieredLayer)
         return stores + sum(int(decoder.memory.bytes()) for decoder in self.decoders.values())
 
+    def _forget(self) -> None:
+        self.tokens, self.saved_tokens = None, 0
+
     def reset(self) -> None:
         super().reset()
+        self._forget()
         for decoder in self.decoders.values():
             decoder.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         length = self.get_seq_length()
+        self.tokens = None if self.tokens is None else self.tokens[:, :length]
+        self.saved_tokens = min(self.saved_tokens, length)
         for decoder in self.decoders.values():
             decoder.crop(length) if length else decoder.clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
+        self.tokens = None if self.tokens is None else self.tokens[beam_idx.cpu()]
         for decoder in self.decoders.values():
             decoder.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
+        self.tokens = None if self.tokens is None else self.tokens[indices.cpu()]
         for decoder in self.decoders.values():
             decoder.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self.tokens = None if self.tokens is None else self.tokens.repeat_interleave(repeats, 0)
         for decoder in self.decoders.values():
             decoder.repeat(repeats)

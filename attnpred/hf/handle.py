@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
+from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
@@ -36,6 +37,8 @@ class Attached:
     def __init__(self, model: PreTrainedModel, make_cache: Callable[[], TieredCache], *, strict: bool) -> None:
         self._model, self._make_cache, self._strict = model, make_cache, strict
         self._caches: list[dict[int, telemetry.LayerCounts]] = []
+        self._fast_bytes = 0
+        self._slow_bytes: dict[str, int] = {}
         self._warned = False
         self._stock_implementation = model.config.get_text_config(decoder=True)._attn_implementation
         self._stock_generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
@@ -86,11 +89,38 @@ class Attached:
             if not self._warned:
                 logger.warning("%s: the sparse path is off for this call", why)
                 self._warned = True
+        if isinstance(cache, TieredCache):
+            self._admit(cache, args, kwargs)
         try:
-            return self._stock_generate(*args, **kwargs)
+            result = self._stock_generate(*args, **kwargs)
         finally:
             if isinstance(cache, TieredCache):
                 self._remember(cache)
+        if isinstance(cache, TieredCache):
+            cache.tokens = self._tokens_in(cache, result, args, kwargs)
+        return result
+
+    def _tokens_in(
+        self, cache: TieredCache, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Return the ids of what the cache holds after a call, or None: beams end in another order than their rows."""
+        ids = getattr(result, "sequences", result)
+        length, beams = cache.get_seq_length(), self._setting("num_beams", args, kwargs) or 1
+        if not isinstance(ids, Tensor) or beams > 1 or kwargs.get("inputs_embeds") is not None or ids.shape[1] < length:
+            return None
+        return ids[:, :length].cpu()
+
+    def _admit(self, cache: TieredCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a call whose last token would not fit, before its first one. Raises `TierFullError`."""
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        prompt = next((tensor for tensor in given if tensor is not None), None)
+        if prompt is None:
+            return
+        tokens = max(prompt.shape[1], cache.get_seq_length())
+        new, longest = (self._setting(name, args, kwargs) for name in ("max_new_tokens", "max_length"))
+        tokens = max(tokens, longest or 0) if new is None else tokens + new
+        copies = [self._setting(name, args, kwargs) or 1 for name in ("num_beams", "num_return_sequences")]
+        cache.admit(tokens, prompt.shape[0] * max(copies), self._model.dtype)
 
     def _setting(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what `generate(*args, **kwargs)` goes by: its argument, else its generation config's, else the model's."""
@@ -103,15 +133,21 @@ class Attached:
         known = {id(count) for earlier in self._caches for count in earlier.values()}
         if not known & {id(count) for count in counts.values()}:
             self._caches.append(counts)
+        self._fast_bytes = max(self._fast_bytes, cache.fast_bytes())
+        slow = {} if cache.backing is None else cache.backing.tier.used()
+        self._slow_bytes |= {kind: max(size, self._slow_bytes.get(kind, 0)) for kind, size in slow.items()}
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters of all `generate` calls so far, per layer and in all."""
+        """Return the counters of all `generate` calls so far, per layer and in all; bytes held are those of the largest."""
         indices = sorted({index for counts in self._caches for index in counts})
-        return telemetry.report([telemetry.total([c[i] for c in self._caches if i in c]) for i in indices], indices)
+        result = telemetry.report([telemetry.total([c[i] for c in self._caches if i in c]) for i in indices], indices)
+        result["fast_bytes"] = self._fast_bytes
+        return result | ({"slow_bytes": dict(self._slow_bytes)} if self._slow_bytes else {})
 
     def reset_stats(self) -> None:
         """Forget the counters of earlier calls."""
         self._caches = []
+        self._fast_bytes, self._slow_bytes = 0, {}
 
     def __enter__(self) -> "Attached":
         return self

@@ -20,19 +20,25 @@ from numba.extending import intrinsic
 Function = Callable[..., Any]
 
 
-def compiled(signature: str, *, to_address: bool = False) -> Callable[[Function], Any]:
-    """Compile a function for its one signature, once per machine; `to_address`: for `share_out`."""
+def compiled(signature: str, *, to_address: bool = False, nogil: bool = False) -> Callable[[Function], Any]:
+    """Compile a function for its one signature, once per machine; `to_address`: for `share_out`; `nogil`: for threads."""
 
     def apply(function: Function) -> Any:
         before = numba.config.CACHE_DIR  # set by NUMBA_CACHE_DIR; else numba would write next to the source
         mine = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnpred"
         numba.config.CACHE_DIR = before or str(mine)
         try:
-            return (numba.cfunc if to_address else numba.njit)(signature, cache=True)(function)
+            return _compile(signature, to_address, nogil)(function)
         finally:
             numba.config.CACHE_DIR = before
 
     return apply
+
+
+def _compile(signature: str, to_address: bool, nogil: bool) -> Callable[[Function], Any]:
+    if to_address:
+        return numba.cfunc(signature, cache=True)
+    return numba.njit(signature, cache=True, nogil=nogil)
 
 
 def threads() -> tuple[int, int]:

@@ -87,30 +87,32 @@ class StreamedRows(Streamed):
     ) -> None:
         super().__init__(query, length, terms, mask)
         self.block_size, self.total = block_size, total
-        self.blocks: list[Tensor] = []
+        batch, heads, queries, _ = query.shape
+        # Of each block the largest logit or the log-sum-exp; made here, because it is the most that a long context needs.
+        self.shown = query.new_empty(batch, heads, queries, num_blocks(length, block_size), dtype=torch.float32)
+        self.normaliser = query.new_full((batch, heads, queries), -torch.inf, dtype=torch.float32)
 
     def add(self, start: int, keys: Tensor) -> None:
         """Take in the keys of a piece, [B, Hkv, T, D]."""
         allowed = self.allowed(start, start + keys.shape[2])
-        parts = []
+        first, count = start // self.block_size, num_blocks(keys.shape[2], self.block_size)
         for rows in _row_chunks(self.query, keys.shape[2]):
             logits = masked_logits(self.query[:, :, rows], keys, self.terms, _rows_of(allowed, rows))
-            count = num_blocks(logits.shape[-1], self.block_size)
             missing = count * self.block_size - logits.shape[-1]
             if missing:
                 logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
             pieces = logits.unflatten(-1, (count, self.block_size))
             sums = pieces.logsumexp(-1)
-            parts.append(torch.stack((sums if self.total else pieces.amax(-1), sums)))
-        self.blocks.append(torch.cat(parts, 3))
+            self.shown[:, :, rows, first : first + count] = sums if self.total else pieces.amax(-1)
+            self.normaliser[:, :, rows] = torch.logaddexp(self.normaliser[:, :, rows], sums.logsumexp(-1))
 
     def result(self, selecting: int | None = None) -> Tensor:
         """Return [B, Hs, Q, N], the maximum over the query heads that select together; without `selecting` [B, Hq, Q, N]."""
-        shown, sums = torch.cat(self.blocks, -1)
-        normaliser = sums.logsumexp(-1, keepdim=True)
+        normaliser = self.normaliser
         if self.terms.sinks is not None:
-            normaliser = torch.logaddexp(normaliser, self.terms.sinks.float().view(1, -1, 1, 1))
-        rows = torch.exp(shown - normaliser.masked_fill(normaliser == -torch.inf, 0.0))
+            normaliser = torch.logaddexp(normaliser, self.terms.sinks.float().view(1, -1, 1))
+        finite = normaliser.masked_fill(normaliser == -torch.inf, 0.0)  # a query that may attend to nothing
+        rows = self.shown.sub_(finite[..., None]).exp_()
         return rows if selecting is None else pool_heads(rows, selecting)
 
 

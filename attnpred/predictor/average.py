@@ -5,7 +5,7 @@ accumulated attention of H2O (arXiv 2306.14048). A block that was not attended c
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -15,6 +15,8 @@ from attnpred.predictor.memory import Columns, Memory
 @final
 class Average(Memory):
     """One fp32 row per head; `prompt_rows` of a prompt's last rows go into it."""
+
+    remembers: ClassVar[tuple[str, ...]] = ("is_fresh",)
 
     def __init__(self, keep: float, gain: float, prompt_rows: int) -> None:
         self.keep, self.gain, self.rows = keep, gain, prompt_rows

@@ -11,9 +11,9 @@ plain mean key, each channel in units of its own spread over the first blocks th
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from attnpred import kernels
 from attnpred.errors import PredictorError
 from attnpred.kernels.digest import pack
-from attnpred.predictor.memory import Columns, Memory
+from attnpred.predictor.memory import Columns, Memory, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,10 @@ class DigestMap:
         return DigestMap(change(self.keys), change(self.queries), change(self.centre), self.vectors)
 
 
+MEASURED = ("keys", "queries", "centre")
+"""The tensors of a map; one that was measured has one vector for every head."""
+
+
 def mean_key_map(keys: Tensor, block_size: int) -> DigestMap:
     """Return maps of the plain mean key for `keys` [B, Hkv, L, D]: channels in units of their spread over the blocks."""
     heads, dim = keys.shape[1], keys.shape[3]
@@ -55,6 +59,8 @@ def mean_key_map(keys: Tensor, block_size: int) -> DigestMap:
 class Digest(Memory):
     """Codes of one layer, and the estimates for the query that was looked at last."""
 
+    remembers: ClassVar[tuple[str, ...]] = ("_sealed", "estimate")
+
     def __init__(self, block_size: int, given: DigestMap | None = None) -> None:
         self.block_size, self.given = block_size, given
         self.clear()
@@ -65,6 +71,22 @@ class Digest(Memory):
         self.codes: list[tuple[list[int], int, Columns]] = []  # heads, vectors per block, their codes
         self.places: list[Tensor] = []  # the same heads, as `look` needs them
         self.estimate = torch.empty(0)
+
+    def state(self) -> State:
+        """As of any memory, and the map where it was measured; one that was given comes with the memory."""
+        found = super().state()
+        if self.given is None and self.map is not None:
+            found |= {f"map.{name}": getattr(self.map, name) for name in MEASURED}
+        return found
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.clear()
+        if self.given is None and "map.keys" in state:
+            keys, queries, centre = (state[f"map.{name}"] for name in MEASURED)
+            self.map = DigestMap(keys, queries, centre, (1,) * keys.shape[1])
+        if "table0" in state and self.map is not None:
+            self._lay_out(self.map, state["table0"].device)
+        super().restore(state)
 
     def tables(self) -> Sequence[Columns]:
         return [codes for _, _, codes in self.codes]
@@ -78,19 +100,22 @@ class Digest(Memory):
 
     def _begin(self, keys: Tensor) -> DigestMap:
         found = self.map or mean_key_map(keys, self.block_size)
-        found = found.each(lambda tensor: tensor.to(keys.device))
         if found.keys.shape[1:3] != (keys.shape[1], keys.shape[3]):
             raise PredictorError(
                 f"got keys of {keys.shape[1]} heads of {keys.shape[3]}, expected {found.keys.shape[1]} of {found.keys.shape[2]}: "
                 "the predictor was trained for another model"
             )
+        return self._lay_out(found, keys.device)
+
+    def _lay_out(self, found: DigestMap, device: torch.device) -> DigestMap:
+        """Make the tables of codes that the map asks for, and return the map as it is used on `device`."""
+        self.map = found = found.each(lambda tensor: tensor.to(device))
         for vectors in sorted(set(found.vectors)):
             heads = [head for head, own in enumerate(found.vectors) if own == vectors]
             codes = Columns(after=(vectors * found.keys.shape[3] // 2,), dtype=torch.int8)
             self.codes.append((heads, vectors, codes))
-            self.places.append(torch.tensor(heads, device=keys.device))
-        self.map = found
-        spread = torch.tensor([self._spread(vectors) for vectors in found.vectors], device=keys.device)
+            self.places.append(torch.tensor(heads, device=device))
+        spread = torch.tensor([self._spread(vectors) for vectors in found.vectors], device=device)
         self.units = 1 / spread[:, None, None]
         return found
 

@@ -6,7 +6,7 @@ Columns grow with the context.
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from attnpred.predictor.memory import Columns, Memory
 @final
 class History(Memory):
     """A ring of `size` rows; all tensors fp32."""
+
+    remembers: ClassVar[tuple[str, ...]] = ("count", "cursor")
 
     def __init__(self, size: int) -> None:
         self.size = self.rows = size

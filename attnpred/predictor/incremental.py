@@ -21,8 +21,8 @@ neither.
 Weights are read at every call and must not change while the state is in use, nor must the network move.
 """
 
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ class IncrementalCNN(Memory):
     Raises `ShapeError` where the network needs more than `size` rows.
     """
 
+    remembers: ClassVar[tuple[str, ...]] = ("first", "last", "known", "pending")
+
     def __init__(self, network: PaperCNN, size: int) -> None:
         self.network, self.size = network, size
         self.rows = size
@@ -79,16 +81,18 @@ class IncrementalCNN(Memory):
         self.clear()
 
     def tables(self) -> Sequence[Columns]:
-        return (*self.history.tables(), self.contributions)
+        return (self.contributions,)
+
+    def parts(self) -> Mapping[str, Memory]:
+        return {"history": self.history}
 
     @property
     def is_empty(self) -> bool:
         return self.history.is_empty
 
     def clear(self) -> None:
-        self.history.clear()
-        self.contributions.clear()
-        self.zone = 0, 0  # first and last of the contributions
+        super().clear()
+        self.first = self.last = 0  # of the contributions
         self.known = 0  # of these, the columns from here on are stale
         self.pending = 0  # rows pushed since they were computed
 
@@ -117,11 +121,11 @@ class IncrementalCNN(Memory):
         if last - first < SMALLEST_WIDTH:
             return rows.new_ones(batch, heads, last - first)
         known = self.known
-        if last != self.zone[1]:  # the border of zeros was there, and is here now
-            known = min(known, self.zone[1] - _REACH, last - _REACH)
+        if last != self.last:  # the border of zeros was there, and is here now
+            known = min(known, self.last - _REACH, last - _REACH)
         newest = self.size - _REACH - self.pending  # the oldest row whose contribution a pushed row changes
-        rebuild = first != self.zone[0] or known <= first or newest <= _REACH
-        self.zone, self.known = (first, last), 0  # if interrupted: everything is stale
+        rebuild = first != self.first or known <= first or newest <= _REACH
+        self.first, self.last, self.known = first, last, 0  # if interrupted: everything is stale
         if rebuild:
             self.rebuilds += 1
             self.contributions.clear()
@@ -151,7 +155,7 @@ class IncrementalCNN(Memory):
             begin, end = max(begin, _REACH), min(end, self.size - _REACH)
         if begin >= end or left >= right:
             return
-        start = max(self.zone[0], left - _REACH)
+        start = max(self.first, left - _REACH)
         places = self._places(max(0, begin - _REACH), min(self.size, end + _REACH))
         picture = self.history.ring.data[:, :, places, start:right]
         if picture.shape[3] < right - start:

@@ -5,7 +5,7 @@ sum over channels of max(q * low, q * high).
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ def log_shares(logits: Tensor, selecting: int) -> Tensor:
 @final
 class KeySummary(Memory):
     """Mean key, or the smallest and largest value of each channel, of every sealed block; `estimate` as in `Digest`."""
+
+    remembers: ClassVar[tuple[str, ...]] = ("_sealed", "estimate")
 
     def __init__(self, block_size: int, *, bounds: bool) -> None:
         self.block_size, self.bounds = block_size, bounds

@@ -8,14 +8,25 @@ the policy that made it reads it. It is fed in this order, once per token (a pro
     push    the attention row of that query: what it put on the blocks it attended
 
 A memory that has no use for one of these ignores it.
+
+For a saved cache a memory is its `state`: its tables, the attributes that it names in `remembers`, and its parts, which
+are memories themselves. A memory that was made for the same layer, and `restore`d, goes on as the other would.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, final
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
+
+State = dict[str, Any]
+"""Tensors and plain numbers by name."""
+
+
+def inside(prefix: str, state: Mapping[str, Any]) -> State:
+    """Return what `state` has under `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 @final
@@ -42,7 +53,7 @@ class Columns:
         """Have at least `columns` columns; return the first `columns`."""
         capacity = self.data.shape[self.axis] if self.data.numel() else 0
         if columns > capacity:
-            size = columns * 5 // 4 + 16 if capacity else columns + 16
+            size = columns * 17 // 16 + 16 if capacity else columns + 16
             shape = (batch, heads, *self.before, size, *self.after)
             grown = torch.full(shape, self.fill, dtype=self.dtype, device=device)
             if capacity:
@@ -54,6 +65,17 @@ class Columns:
     def view(self) -> Tensor:
         """Return the columns in use, without copying."""
         return self.data.narrow(self.axis, 0, self.count)
+
+    def state(self) -> Tensor:
+        """Return the columns in use; a tensor of one dimension where there never were any."""
+        return self.view() if self.data.ndim > 1 else self.data
+
+    def restore(self, state: Tensor) -> None:
+        """Take over the columns, and their kind, of another's `state`."""
+        self.clear()
+        if state.ndim > 1:
+            self.data, self.count, self.dtype = state.contiguous(), state.shape[self.axis], state.dtype
+            self.after = tuple(state.shape[self.axis + 1 :])
 
     def crop(self, columns: int) -> None:
         """Forget the columns from `columns` on."""
@@ -83,10 +105,36 @@ class Memory(ABC):
     """How many of a prompt's last attention rows it wants; 0 means that it takes no rows at all."""
     watches: ClassVar[bool] = False
     """It wants dense calls as a whole (`watch`)."""
+    remembers: ClassVar[tuple[str, ...]] = ()
+    """Its attributes that belong to the sequence beside tables and parts: tensors and plain numbers."""
 
     @abstractmethod
     def tables(self) -> Sequence[Columns]:
-        """Return everything it remembers per block."""
+        """Return everything it remembers per block, itself."""
+
+    def parts(self) -> Mapping[str, "Memory"]:
+        """Return the memories that it is made of, by name."""
+        return {}
+
+    def _members(self) -> "list[Columns | Memory]":
+        return [*self.tables(), *self.parts().values()]
+
+    def state(self) -> State:
+        """Return everything it remembers; tensors are its own, not copies."""
+        found: State = {f"table{i}": table.state() for i, table in enumerate(self.tables())}
+        found |= {name: getattr(self, name) for name in self.remembers}
+        for name, part in self.parts().items():
+            found |= {f"{name}.{key}": value for key, value in part.state().items()}
+        return found
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from the `state` of another memory of the same layer, whose tensors are this one's from now on."""
+        for i, table in enumerate(self.tables()):
+            table.restore(state[f"table{i}"])
+        for name in self.remembers:
+            setattr(self, name, state[name])
+        for name, part in self.parts().items():
+            part.restore(inside(f"{name}.", state))
 
     def seal(self, keys: Tensor) -> None:
         """Take in the keys of newly filled blocks, [B, Hkv, whole blocks * P, D], in order."""
@@ -124,27 +172,27 @@ class Memory(ABC):
 
     def clear(self) -> None:
         """Forget the sequence."""
-        for table in self.tables():
-            table.clear()
+        for part in self._members():
+            part.clear()
 
     def crop(self, columns: int) -> None:
         """Forget blocks from `columns` on, and that block `columns` - 1 was full (their tokens were removed)."""
-        for table in self.tables():
-            table.crop(columns)
+        for part in self._members():
+            part.crop(columns)
 
     def select(self, rows: Tensor) -> None:
         """Make the batch `rows` of the old one (beams)."""
-        for table in self.tables():
-            table.select(rows)
+        for part in self._members():
+            part.select(rows)
 
     def repeat(self, times: int) -> None:
         """Repeat each batch row `times` times."""
-        for table in self.tables():
-            table.repeat(times)
+        for part in self._members():
+            part.repeat(times)
 
     def bytes(self) -> int:
         """Bytes it holds."""
-        return sum(table.bytes() for table in self.tables())
+        return sum(part.bytes() for part in self._members())
 
 
 @final

@@ -12,7 +12,7 @@ shared by all heads, or each head has its own, if they were trained for the mode
 is to it: no exponential, no product of matrices beyond the digest's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -43,7 +43,10 @@ class Stream(Memory):
         self.distances = torch.empty(0)
 
     def tables(self) -> Sequence[Columns]:
-        return (self.peaks, *self.digest.tables())
+        return (self.peaks,)
+
+    def parts(self) -> Mapping[str, Memory]:
+        return {"digest": self.digest}
 
     @property
     def sealed(self) -> int:
@@ -99,22 +102,6 @@ class Stream(Memory):
             return self.peaks.data.new_empty(*self.digest.estimate.shape[:2], 0)
         distance = self._distance(last - first)
         return kernels.weigh(self.digest.estimate, self.peaks.data, weights, distance, first, last)
-
-    def clear(self) -> None:
-        self.peaks.clear()
-        self.digest.clear()
-
-    def crop(self, columns: int) -> None:
-        self.peaks.crop(columns)
-        self.digest.crop(columns)
-
-    def select(self, rows: Tensor) -> None:
-        self.peaks.select(rows)
-        self.digest.select(rows)
-
-    def repeat(self, times: int) -> None:
-        self.peaks.repeat(times)
-        self.digest.repeat(times)
 
 
 @final

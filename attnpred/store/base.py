@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from attnpred.store.export import Export
+from attnpred.store.sealed import SealedBlocks
+
 PIECE_TOKENS = 1024
 """Tokens of a piece that dense attention takes at once, rounded down to whole blocks."""
 
@@ -44,6 +47,11 @@ class Store(ABC):
     block_size: int
     length: int
     """Tokens."""
+
+    @property
+    @abstractmethod
+    def batch(self) -> int:
+        """B; 0 before the first tokens."""
 
     @property
     @abstractmethod
@@ -89,6 +97,14 @@ class Store(ABC):
     @abstractmethod
     def clear(self) -> None:
         """Forget everything and release the memory."""
+
+    @abstractmethod
+    def export(self) -> Export:
+        """Return what is saved of it; take the pieces before the next call of anything else."""
+
+    @abstractmethod
+    def adopt(self, sealed: SealedBlocks, keys: Tensor, values: Tensor) -> None:
+        """Begin with what was saved: `sealed`, which is this store's from now on, and the open block's tokens."""
 
     @abstractmethod
     def block_bytes(self) -> int:

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
+from torch import Tensor
+
 from attnpred.errors import StoreError
 from attnpred.store.host import scatter
 from attnpred.store.tier import Tier
@@ -86,12 +88,8 @@ class Queue:
 
     def wait(self, is_ready: Callable[[], bool]) -> None:
         """Give `changed` away until `is_ready`; raise `StoreError` when that cannot be or takes too long."""
-
-        def is_over() -> bool:
-            return is_ready() or self.is_closed or self.failure is not None
-
         self.check()
-        in_time = self.changed.wait_for(is_over, self.timeout)
+        in_time = self.changed.wait_for(lambda: is_ready() or self.is_closed, self.timeout)
         self.check()
         if not in_time:
             raise StoreError(
@@ -131,7 +129,7 @@ class Queue:
             self.changed.notify_all()
 
     def forget(self, failure: BaseException | None = None) -> None:
-        """Free what is queued; remember why."""
+        """Free what is queued, so that nobody waits for it; remember why."""
         with self.changed:
             self.failure = failure
             self.writes.clear()
@@ -218,11 +216,25 @@ class Behind(Tier):
         else:
             scatter(memoryview(write.data)[place - write.place :], buffers)
 
+    def read_many(self, places: Tensor, into: Tensor) -> None:
+        queue, size = self._queue, into.shape[1]
+        queue.check()
+        with queue.changed:
+            is_queued = any(queue.newest(place, place + size) for place in places.tolist()) if queue.writes else False
+        if is_queued:
+            super().read_many(places, into)
+        else:
+            self._tier.read_many(places, into)
+
     def flush(self) -> None:
         self._queue.check()
         with self._queue.changed:
             self._queue.wait(lambda: not self._queue.writes)
         self._tier.flush()
+
+    def drop_page_cache(self) -> None:
+        self.flush()
+        self._tier.drop_page_cache()
 
     def used(self) -> dict[str, int]:
         return self._tier.used()

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import final
 
+import torch
+from torch import Tensor
+
 from attnpred.errors import TierFullError
 from attnpred.store.tier import Tier
 
@@ -50,9 +53,20 @@ class Chain(Tier):
         tier, place = self._find(place)
         tier.read(place, buffers)
 
+    def read_many(self, places: Tensor, into: Tensor) -> None:
+        bounds = torch.arange(len(self._tiers) + 1) << PLACE_BITS
+        cuts = torch.searchsorted(places, bounds).tolist()
+        for tier, first, last in zip(self._tiers, cuts, cuts[1:], strict=False):
+            if last > first:
+                tier.read_many(places[first:last] & ((1 << PLACE_BITS) - 1), into[first:last])
+
     def flush(self) -> None:
         for tier in self._tiers:
             tier.flush()
+
+    def drop_page_cache(self) -> None:
+        for tier in self._tiers:
+            tier.drop_page_cache()
 
     def used(self) -> dict[str, int]:
         total: dict[str, int] = {}

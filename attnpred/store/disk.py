@@ -17,8 +17,10 @@ from pathlib import Path
 from threading import Lock
 from typing import final
 
+from torch import Tensor
+
 from attnpred.errors import StoreError, TierFullError
-from attnpred.store.positioned import read_fully
+from attnpred.store.positioned import read_fully, read_many
 from attnpred.store.scratch import IS_SUPPORTED, Scratch, absolute
 from attnpred.store.tier import Tier
 
@@ -127,14 +129,19 @@ class DiskTier(Tier):
         fd = self._scratch.fd
         read_fully(fd.number, place, buffers, str(self.path))
 
+    def read_many(self, places: Tensor, into: Tensor) -> None:
+        fd = self._scratch.fd
+        read_many(fd.number, places, into, str(self.path))
+
     def flush(self) -> None:
         """Do nothing: what was written is read back, from the kernel's memory or from the device."""
 
     def drop_page_cache(self) -> None:
         """Have the next reads come from the device: for benchmarks. Raises `OSError`."""
-        fd = self._scratch.fd
-        os.fsync(fd.number)
-        advise(fd.number, DONTNEED)
+        if self.path is not None:
+            fd = self._scratch.fd
+            os.fsync(fd.number)
+            advise(fd.number, DONTNEED)
 
     def used(self) -> dict[str, int]:
         return {"disk": self._used}

@@ -24,7 +24,7 @@ from attnpred.store.records import SEGMENT_BYTES
 DENSE_SLOTS = 2
 """Slots of a head in a layer that stays dense: it is streamed from the slow tier in pieces, and reads no block alone."""
 
-BLOCK_TABLE, SLOT_TABLE, RECORD_TABLE = 4 + 4, 4 + 4, 8 + 8 + 4 + 4
+BLOCK_TABLE, SLOT_TABLE, RECORD_TABLE = 4 + 4, 4 + 4, 8 + 8 + 4
 """Bytes for a block of a head: its slot and check; for a slot: its block, and when that was wanted; for a block of all
 heads: the id of its record, where that lies, and how many use it (`SlotTable`, `Records`)."""
 

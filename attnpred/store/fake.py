@@ -69,6 +69,9 @@ class FakeTier(Tier):
     def flush(self) -> None:
         self.inner.flush()
 
+    def drop_page_cache(self) -> None:
+        self.inner.drop_page_cache()
+
     def used(self) -> dict[str, int]:
         return self.inner.used()
 

@@ -1,12 +1,14 @@
 """`Fetcher`: reads many small pieces of a tier in the background, several at a time.
 
-The pieces of one request are sorted by their places; neighbours become one read, and so do pieces with a small gap
-between them, because a read costs as much as some 16 KiB more of it (`GAP`; docs/LOG.md has the measurement). The reads are
-dealt out to a few threads. Waiting has a deadline: what does not come is an error, never a hang.
+The pieces of one request come sorted by their places and are dealt out to a few threads in stretches, each of which is one
+call of `Tier.read_many`; the check values of what they read are computed there as well. Waiting has a deadline: what does
+not come is an error, never a hang.
 
 On a GPU the pieces land in pinned memory, and each thread sends what it has read on a stream of its own.
 """
 
+import contextlib
+import os
 import queue
 import threading
 import time
@@ -19,37 +21,38 @@ import torch
 from torch import Tensor
 
 from attnpred.errors import StoreError
-from attnpred.store.tier import Tier, buffer
+from attnpred.store.codec import checks
+from attnpred.store.tier import Tier
 
-GAP = 16 << 10
-THREADS = 8
-SMALLEST_TASK = 4
-"""Reads that are not worth a second thread."""
-LONGEST_READ = 256 << 10
-"""A longer one is dealt out to several threads."""
-
-_Read = tuple[int, int, int, list[memoryview]]
-"""Place, first and last piece (excluded), where to."""
+THREADS = 16
+NICENESS = 10
+STOP_TIMEOUT = 0.5
+"""Seconds for all threads to end."""
+SMALLEST_TASK = 16 << 10
+"""Bytes that are not worth a second thread."""
 
 
 @final
 class Fetch:
     """Pieces on their way: `data` uint8 [n, piece], complete after `finish`."""
 
-    def __init__(self, data: Tensor, landing: Tensor, futures: "list[Future[None]]", stream: Any) -> None:
-        self.data, self._landing, self._futures, self._stream = data, landing, futures, stream
+    def __init__(self, data: Tensor, futures: "list[Future[Tensor]]", stream: Any) -> None:
+        self.data, self._futures, self._stream = data, futures, stream
 
     @property
     def is_done(self) -> bool:
         """True where nothing is to be waited for."""
         return all(future.done() for future in self._futures)
 
-    def finish(self, timeout: float) -> None:
-        """Wait for all pieces. Raises `StoreError`, of a failed read or after `timeout` seconds."""
-        deadline = time.monotonic() + timeout
+    def finish(self, timeout: float) -> Tensor:
+        """Wait for all pieces; return the check values of their units, int32 [n * units of a piece].
+
+        Raises `StoreError`, of a failed read or after `timeout` seconds.
+        """
+        deadline, found = time.monotonic() + timeout, []
         for future in self._futures:
             try:
-                future.result(max(0.0, deadline - time.monotonic()))
+                found.append(future.result(max(0.0, deadline - time.monotonic())))
             except FutureTimeoutError:
                 raise StoreError(
                     f"got no answer from the slow tier within {timeout:g} s, expected {self.data.shape[0]} pieces of "
@@ -57,6 +60,7 @@ class Fetch:
                 ) from None
         if self._stream is not None:
             torch.cuda.current_stream(self.data.device).wait_stream(self._stream)
+        return torch.cat(found)
 
 
 @final
@@ -66,74 +70,65 @@ class Fetcher:
     def __init__(self, tier: Tier, threads: int = THREADS) -> None:
         self._tier, self._threads = tier, threads
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._started = False
+        self._workers: list[threading.Thread] = []
         self._streams: dict[torch.device, Any] = {}
-        self._scrap = bytearray(GAP)
-        self.close = weakref.finalize(self, _stop, self._tasks, threads)
+        self.close = weakref.finalize(self, _stop, self._tasks, self._workers)
 
-    def start(self, places: Tensor, segments: Tensor, size: int, device: torch.device) -> Fetch:
-        """Begin to read pieces of `size` bytes at `places` [n], ascending, to `device`; no read crosses `segments` [n]."""
-        if not self._started:
-            self._started = True
-            for _ in range(self._threads):
-                threading.Thread(target=_work, args=(self._tasks,), name="attnpred-fetch", daemon=True).start()
+    def start(self, places: Tensor, size: int, unit: int, device: torch.device) -> Fetch:
+        """Begin to read pieces of `size` bytes, units of `unit` bytes each, at `places` [n], ascending, to `device`."""
+        while len(self._workers) < self._threads:
+            worker = threading.Thread(target=_work, args=(self._tasks,), name="attnpred-fetch", daemon=True)
+            worker.start()
+            self._workers.append(worker)
         on_gpu = device.type == "cuda"
         landing = torch.empty(places.numel(), size, dtype=torch.uint8, pin_memory=on_gpu)
         data, stream = landing, None
         if on_gpu:
             data = torch.empty(places.numel(), size, dtype=torch.uint8, device=device)
-            stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            stream = self._streams[device]
             stream.wait_stream(torch.cuda.current_stream(device))
-        reads = self._plan(places.tolist(), segments.tolist(), landing)
-        least = 1 if len(reads) * LONGEST_READ <= landing.numel() * 2 else SMALLEST_TASK
-        step = max(least, -(-len(reads) // self._threads))
+        step = max(SMALLEST_TASK // size, -(-places.numel() // self._threads), 1)
         futures = []
-        for first in range(0, len(reads), step):
-            future: Future[None] = Future()
+        for first in range(0, places.numel(), step):
+            future: Future[Tensor] = Future()
+            part = slice(first, first + step)
             # The task holds the memory that it fills, so giving up on it is safe.
-            self._tasks.put((future, self._tier, reads[first : first + step], landing, data, stream))
+            self._tasks.put((future, self._tier, places[part], unit, landing[part], data[part], stream))
             futures.append(future)
-        return Fetch(data, landing, futures, stream)
-
-    def _plan(self, places: list[int], segments: list[int], landing: Tensor) -> list[_Read]:
-        size, view = landing.shape[1], buffer(landing)
-        scrap = memoryview(self._scrap)
-        reads: list[_Read] = []
-        first = 0  # piece where the present read begins
-        whole = 0  # piece where its last buffer begins
-        buffers: list[memoryview] = []
-        for i in range(1, len(places) + 1):
-            gap = places[i] - places[i - 1] - size if i < len(places) and segments[i] == segments[i - 1] else -1
-            gap = -1 if (i - first) * size >= LONGEST_READ else gap
-            if gap == 0:
-                continue
-            buffers.append(view[whole * size : i * size])
-            whole = i
-            if 0 < gap <= GAP:
-                buffers.append(scrap[:gap])  # nobody looks at it, so all reads may share it
-            else:
-                reads.append((places[first], first, i, buffers))
-                first, buffers = i, []
-        return reads
+        return Fetch(data, futures, stream)
 
 
 def _work(tasks: "queue.SimpleQueue[Any]") -> None:
     """Do tasks until None comes."""
+    with contextlib.suppress(AttributeError, OSError):  # Linux: threads that compute go first
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
     while (task := tasks.get()) is not None:
-        future, tier, reads, landing, data, stream = task
+        future, tier, places, unit, landing, data, stream = task
         try:
-            for place, _, _, buffers in reads:
-                tier.read(place, buffers)
+            tier.read_many(places, landing)
             if stream is not None:
-                first, last = reads[0][1], reads[-1][2]
                 with torch.cuda.stream(stream):
-                    data[first:last].copy_(landing[first:last], non_blocking=True)
-            future.set_result(None)
+                    data.copy_(landing, non_blocking=True)
+            future.set_result(checks(landing.view(-1, unit)))
         except BaseException as error:  # whatever ends the thread's work must end the waiting for it
             future.set_exception(error if isinstance(error, StoreError) else StoreError(f"got {error!r} while reading"))
-        del task, future, tier, reads, landing, data, stream  # an idle thread keeps nothing alive
+        del task, future, tier, places, landing, data, stream  # an idle thread keeps nothing alive
 
 
-def _stop(tasks: "queue.SimpleQueue[Any]", threads: int) -> None:
-    for _ in range(threads):
+def _stop(tasks: "queue.SimpleQueue[Any]", workers: list[threading.Thread]) -> None:
+    """End the threads. Also at exit: a thread that computes while the interpreter goes away takes the process with it."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            task = tasks.get_nowait()
+            if task is not None:
+                task[0].set_exception(
+                    StoreError("got a cache that was closed, expected it open while blocks are fetched")
+                )
+    for _ in workers:
         tasks.put(None)
+    deadline = time.monotonic() + STOP_TIMEOUT
+    for worker in workers:
+        if worker is not threading.current_thread():
+            worker.join(max(0.0, deadline - time.monotonic()))  # one that hangs in the kernel does no harm

@@ -5,9 +5,12 @@ contiguous tokens [i * P, (i + 1) * P): the slot of a block is its id. Memory pa
 tokens removed by `crop`): kernels rely on it.
 
 A fork shares the tensors until one of the two appends, which then makes a copy of its own.
+
+What was saved in a file is read when keys or values are first asked for.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
@@ -15,6 +18,12 @@ from torch import Tensor
 
 from attnpred.shapes import expect, num_blocks
 from attnpred.store.base import Piece, Resident, Store
+from attnpred.store.export import Export, exact_export
+from attnpred.store.sealed import SealedBlocks
+from attnpred.telemetry import LayerCounts
+
+SPARE = 64
+"""Tokens that there is room for behind a prompt."""
 
 
 @final
@@ -28,9 +37,30 @@ class BlockPool(Store):
     def clear(self) -> None:
         """Forget everything and release the memory."""
         self.length = 0
-        self.keys = torch.empty(0)
-        self.values = torch.empty(0)
+        self._tensors = torch.empty(0), torch.empty(0)
+        self._deferred: Callable[[int], tuple[Tensor, Tensor]] | None = None  # reads them, for a context of that length
         self._is_shared = False
+
+    def _filled(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values."""
+        if self._deferred is not None:
+            self._tensors = self._deferred(self.length)
+            self._deferred = None
+        return self._tensors
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, Hkv, capacity, D]."""
+        return self._filled()[0]
+
+    @property
+    def values(self) -> Tensor:
+        """[B, Hkv, capacity, Dv]."""
+        return self._filled()[1]
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[0] if self.keys.ndim == 4 else 0
 
     @property
     def heads(self) -> int:
@@ -40,7 +70,7 @@ class BlockPool(Store):
         batch, heads, tokens, _ = keys.shape
         needed = self.length + tokens
         if self.keys.numel() == 0:
-            self.keys, self.values = (
+            self._tensors = (
                 keys.new_zeros(batch, heads, 0, keys.shape[-1]),
                 values.new_zeros(batch, heads, 0, values.shape[-1]),
             )
@@ -48,12 +78,12 @@ class BlockPool(Store):
         expect("values", values, self.values.shape[0], self.values.shape[1], tokens, self.values.shape[3])
         if needed > self.keys.shape[2]:
             capacity = (
-                num_blocks(max(needed + 64, needed * 3 // 2 if self.length else needed), self.block_size)
+                num_blocks(max(needed + SPARE, needed * 3 // 2 if self.length else needed), self.block_size)
                 * self.block_size
             )
-            self.keys, self.values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
+            self._tensors = self._grown(self.keys, capacity), self._grown(self.values, capacity)
         elif self._is_shared:
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+            self._tensors = self.keys.clone(), self.values.clone()
         self._is_shared = False
         self.keys[:, :, self.length : needed] = keys
         self.values[:, :, self.length : needed] = values
@@ -86,8 +116,8 @@ class BlockPool(Store):
     def fork(self) -> "BlockPool":
         """Return a second pool with the same content; nothing is copied before one of the two appends."""
         other = BlockPool(self.block_size)
-        other.length, other.keys, other.values = self.length, self.keys, self.values
-        self._is_shared = other._is_shared = True
+        other.length, other._tensors, other._deferred = self.length, self._tensors, self._deferred
+        self._is_shared = other._is_shared = self._deferred is None  # otherwise each reads its own
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockPool":
@@ -98,12 +128,20 @@ class BlockPool(Store):
 
     def select(self, rows: Tensor) -> None:
         rows = rows.to(self.keys.device)
-        self.keys, self.values = self.keys[rows].contiguous(), self.values[rows].contiguous()
+        self._tensors = self.keys[rows].contiguous(), self.values[rows].contiguous()
         self._is_shared = False
 
     def repeat(self, times: int) -> None:
+        self._tensors = self.keys.repeat_interleave(times, 0), self.values.repeat_interleave(times, 0)
         self._is_shared = False
-        self.keys, self.values = self.keys.repeat_interleave(times, 0), self.values.repeat_interleave(times, 0)
+
+    def export(self) -> Export:
+        return exact_export(*self.view(), self.block_size)
+
+    def adopt(self, sealed: SealedBlocks, keys: Tensor, values: Tensor) -> None:
+        self.clear()
+        self.length = sealed.count * self.block_size + keys.shape[2]
+        self._deferred = functools.partial(_read, sealed, keys, values, self.piece_tokens)
 
     def block_bytes(self) -> int:
         return self.block_size * (
@@ -114,8 +152,23 @@ class BlockPool(Store):
         return self.length * self.keys.shape[0] * self.keys.shape[1] * self.keys.shape[3] * self.keys.element_size()
 
     def fast_bytes(self) -> int:
-        return self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
+        return sum(x.numel() * x.element_size() for x in self._tensors)  # what lies in a file is not in fast memory
 
     def bytes(self) -> int:
         batch, heads = self.keys.shape[:2]
         return self.length * batch * heads * self.block_bytes() // self.block_size
+
+
+def _read(sealed: SealedBlocks, keys: Tensor, values: Tensor, piece: int, length: int) -> tuple[Tensor, Tensor]:
+    """Return the first `length` tokens of what was saved, with room for more; `piece` tokens are read at a time."""
+    size, full = sealed.block_size, sealed.count * sealed.block_size
+    capacity = num_blocks(length + SPARE, size) * size
+    found = tuple(x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (keys, values))
+    start, wanted = 0, num_blocks(min(length, full), size)
+    for parts in sealed.pieces(wanted, piece // size, keys.device, LayerCounts()):
+        for target, part in zip(found, parts, strict=True):
+            target[:, :, start : start + part.shape[2]] = part
+        start += piece
+    for target, part in zip(found, (keys, values), strict=True):
+        target[:, :, full:length] = part[:, :, : max(0, length - full)]
+    return found[0], found[1]

@@ -22,18 +22,17 @@ SEGMENT_BYTES = 1 << 20
 
 @final
 class Records:
-    """address, segment [n]: of each record; users [n]: how many batch rows use it; checks [n, units]."""
+    """address [n]: of each record; users [n]: how many batch rows use it; checks [n, units]."""
 
     def __init__(self, tier: Tier, units: int, unit_bytes: int) -> None:
         self.tier, self.units, self.unit_bytes = tier, units, unit_bytes
         self.record_bytes = units * unit_bytes
         self.per_segment = max(1, SEGMENT_BYTES // self.record_bytes)
         self.address = torch.empty(0, dtype=torch.int64)
-        self.segment = torch.empty(0, dtype=torch.int32)
         self.users = torch.empty(0, dtype=torch.int32)
         self.checks = torch.empty(0, units, dtype=torch.int32)
         self.free: list[int] = []
-        self.segments = 0
+        self.begins: set[int] = set()  # places of segments: no write crosses one
         self.holders = 1
         """Stores that use them."""
 
@@ -47,21 +46,21 @@ class Records:
 
     def _extend(self, place: int, count: int) -> None:
         known = self.address.numel()
+        self.begins.add(place)
         self.address = torch.cat((self.address, place + torch.arange(count) * self.record_bytes))
-        self.segment = torch.cat((self.segment, torch.full((count,), self.segments, dtype=torch.int32)))
         self.users = torch.cat((self.users, torch.zeros(count, dtype=torch.int32)))
         self.checks = torch.cat((self.checks, torch.zeros(count, self.units, dtype=torch.int32)))
         for record in range(known, known + count):
             heapq.heappush(self.free, record)
-        self.segments += 1
 
     def adopt(self, place: int, checks: Tensor) -> Tensor:
-        """Take over records that lie one after the other from `place` on, checks [n, units]; return their ids."""
+        """Take over records of a saved cache, one after the other from `place` on, checks [n, units]; return their ids."""
         assert not self.free
         self._extend(place, checks.shape[0])
         ids = torch.tensor(self.free, dtype=torch.int64)
         self.free = []
-        self.users[ids], self.checks[ids] = 1, checks
+        self.checks[ids] = checks
+        self.users[ids] = 2  # the file is a user that never drops them: nothing is written there
         return ids
 
     def write(self, ids: Tensor, data: Tensor, checks: Tensor) -> None:
@@ -72,11 +71,9 @@ class Records:
 
     def _runs(self, ids: Tensor) -> Iterator[tuple[int, int, int]]:
         """Yield (first, last, place) of stretches of `ids` that lie one after the other."""
-        places, segments = self.address[ids].tolist(), self.segment[ids].tolist()
-        first = 0
+        places, first = self.address[ids].tolist(), 0
         for i in range(1, len(places) + 1):
-            ends = i == len(places)
-            if ends or segments[i] != segments[i - 1] or places[i] != places[i - 1] + self.record_bytes:
+            if i == len(places) or places[i] != places[i - 1] + self.record_bytes or places[i] in self.begins:
                 yield first, i, places[first]
                 first = i
 
@@ -94,4 +91,4 @@ class Records:
 
     def bytes(self) -> int:
         """Bytes of fast memory that it holds."""
-        return self.address.numel() * (8 + 4 + 4 + 4 * self.units)
+        return self.address.numel() * (8 + 4 + 4 * self.units)

@@ -5,6 +5,7 @@ A *unit* is one block of one kv head, encoded (`attnpred.store.codec`); the unit
 that names layer, block and file.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from attnpred.errors import StoreError
 from attnpred.store.backing import Backing
 from attnpred.store.codec import CODECS, Codec, checks
+from attnpred.store.export import blocks_per_piece
 from attnpred.store.fetch import Fetch
 from attnpred.store.records import Records
 from attnpred.store.tier import buffer
@@ -52,6 +54,18 @@ class SealedBlocks:
         codec = CODECS[backing.codec](block_size, keys.shape[3], values.shape[3], keys.dtype)
         records = Records(backing.tier, keys.shape[1], codec.unit_bytes)
         return cls(backing, block_size, codec, records, torch.empty(keys.shape[0], 0, dtype=torch.int64), layer)
+
+    @classmethod
+    def adopt(
+        cls, backing: Backing, block_size: int, keys: Tensor, values: Tensor, layer: int, place: int, checks: Tensor
+    ) -> "SealedBlocks":
+        """Return those that a saved cache has at `place` of the backing's tier, in the order of `units`.
+
+        checks int32 [B, N, Hkv]; keys and values are of their kind, as in `begin`.
+        """
+        sealed = cls.begin(backing, block_size, keys, values, layer)
+        sealed.ids = sealed.records.adopt(place, checks.flatten(0, 1)).view(checks.shape[:2])
+        return sealed
 
     @property
     def is_exact(self) -> bool:
@@ -98,7 +112,7 @@ class SealedBlocks:
         places = self.records.address[ids]
         order = places.argsort(stable=True)
         size = self.records.record_bytes
-        fetch = self.backing.fetcher.start(places[order], self.records.segment[ids][order], size, device)
+        fetch = self.backing.fetcher.start(places[order], size, self.records.unit_bytes, device)
         counts.bytes_streamed += ids.numel() * size
         units = places[order][:, None] + torch.arange(self.heads) * self.records.unit_bytes
         blocks = (first + order % (last - first)).repeat_interleave(self.heads)
@@ -115,6 +129,29 @@ class SealedBlocks:
             units = units[order.argsort().to(units.device)]
         return self.decode(units, blocks)
 
+    def pieces(
+        self, last: int, step: int, device: torch.device, counts: LayerCounts
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield keys and values [B, Hkv, n * P, D] of the blocks before `last`, `step` blocks a piece; reads one ahead."""
+        coming: list[Coming] = []
+        for first in range(0, last, step):
+            coming.append(self.start_blocks(first, min(first + step, last), device, counts))
+            if len(coming) > 1:
+                yield self.finish_blocks(coming.pop(0), counts)
+        while coming:
+            yield self.finish_blocks(coming.pop(0), counts)
+
+    def units(self) -> Iterator[Tensor]:
+        """Yield all units as they were written, for an `Export`."""
+        counts, host = LayerCounts(), torch.device("cpu")  # saving is no decoding, and not counted
+        step, heads = blocks_per_piece(self.records.record_bytes), torch.arange(self.heads)
+        for row in range(self.batch):
+            for first in range(0, self.count, step):
+                blocks = torch.arange(first, min(first + step, self.count))
+                rows = (row * self.heads + heads).repeat(blocks.numel())
+                coming = self.start_units(rows, blocks.repeat_interleave(self.heads), host, counts)
+                yield self.finish(coming, counts)[(coming.blocks * self.heads + coming.rows).argsort()]
+
     def start_units(self, rows: Tensor, blocks: Tensor, device: torch.device, counts: LayerCounts) -> Coming:
         """Begin to fetch the units of `rows` (batch row * Hkv + kv head) and `blocks`, both [n]."""
         ids, heads = self.ids[rows // self.heads, blocks], rows % self.heads
@@ -122,16 +159,16 @@ class SealedBlocks:
         order = places.argsort()
         rows, blocks, places, ids, heads = rows[order], blocks[order], places[order], ids[order], heads[order]
         size = self.records.unit_bytes
-        fetch = self.backing.fetcher.start(places, self.records.segment[ids], size, device)
+        fetch = self.backing.fetcher.start(places, size, size, device)
         counts.bytes_fetched += rows.numel() * size
         return Coming(rows, blocks, places, self.records.checks[ids, heads], fetch)
 
     def finish(self, coming: Coming, counts: LayerCounts) -> Tensor:
         """Wait, and return the units [n, unit], each as it was written. Raises `StoreError`."""
         try:
-            coming.fetch.finish(self.backing.timeout)
+            found = coming.fetch.finish(self.backing.timeout)
             units = coming.fetch.data.view(-1, self.records.unit_bytes)
-            bad = (checks(units).cpu() != coming.checks).nonzero().flatten().tolist()
+            bad = (found != coming.checks).nonzero().flatten().tolist()
         except StoreError as error:
             if not coming.fetch.is_done:  # it hangs: asking again would hang as well
                 raise StoreError(f"layer {self.layer}, block {int(coming.blocks[0])} or later: {error}") from error

@@ -42,9 +42,17 @@ class Tier(ABC):
     def read(self, place: int, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers`, one after the other, with the bytes from `place` on."""
 
+    def read_many(self, places: Tensor, into: Tensor) -> None:
+        """Fill into [n, size], uint8 in host memory, with the bytes at places [n], int64, ascending; several stretches."""
+        for place, row in zip(places.tolist(), into, strict=True):
+            self.read(place, [buffer(row)])
+
     @abstractmethod
     def flush(self) -> None:
         """Return when everything written so far has reached the tier itself; raise what went wrong with it."""
+
+    def drop_page_cache(self) -> None:
+        """Let the operating system forget what it keeps of it in memory: for benchmarks, which want to see the device."""
 
     @abstractmethod
     def used(self) -> dict[str, int]:

@@ -22,9 +22,15 @@ from torch import Tensor
 from attnpred.shapes import expect, num_blocks
 from attnpred.store.backing import Backing
 from attnpred.store.base import Piece, Resident, Store
+from attnpred.store.export import Export, exact_export
 from attnpred.store.sealed import Coming, SealedBlocks
 from attnpred.store.slots import ABSENT, COMING, SlotTable
 from attnpred.telemetry import LayerCounts
+
+
+MOST_COMING = 1 / 8
+"""What is on its way takes memory of its own: more than this share of the slots' is not left there, but waited for at once.
+That happens after a prompt, when nothing is in the slots yet."""
 
 
 @final
@@ -56,8 +62,7 @@ class TieredStore(Store):
 
     @property
     def batch(self) -> int:
-        """B."""
-        return self.keys.shape[0]
+        return self.keys.shape[0] if self.keys.ndim == 4 else 0
 
     # Fast memory
 
@@ -171,22 +176,16 @@ class TieredStore(Store):
                 stop = min(start + size, self.length)
                 yield Piece(start, self.keys[:, :, start:stop], self.values[:, :, start:stop])
             return
-        step, full, left = size // self.block_size, sealed.count, self.length % self.block_size
-        bounds = [(first, min(first + step, full)) for first in range(0, full, step)]
-        coming = [sealed.start_blocks(*pair, self.keys.device, self.counts) for pair in bounds[:1]]
-        for i, (first, last) in enumerate(bounds):
-            if i + 1 < len(bounds):  # one piece ahead
-                coming.append(sealed.start_blocks(*bounds[i + 1], self.keys.device, self.counts))
-            keys, values = sealed.finish_blocks(coming.pop(0), self.counts)
-            if last - first < step and left:  # the open block belongs to this piece
+        start, left = 0, self.length % self.block_size
+        for keys, values in sealed.pieces(sealed.count, size // self.block_size, self.keys.device, self.counts):
+            if keys.shape[2] < size and left:  # the open block belongs to this piece
                 keys = torch.cat((keys, self._open(self.keys)[:, :, :left]), 2)
                 values = torch.cat((values, self._open(self.values)[:, :, :left]), 2)
-            yield Piece(first * self.block_size, keys, values)
+            yield Piece(start, keys, values)
+            start += size
             del keys, values  # no more than one piece besides those that come
-        if full % step == 0 and left:
-            yield Piece(
-                full * self.block_size, self._open(self.keys)[:, :, :left], self._open(self.values)[:, :, :left]
-            )
+        if sealed.count * self.block_size == start and left:
+            yield Piece(start, self._open(self.keys)[:, :, :left], self._open(self.values)[:, :, :left])
 
     def keys_of(self, first: int, last: int) -> Tensor:
         if self.sealed is None:
@@ -252,6 +251,8 @@ class TieredStore(Store):
             needed = self._needed(selection)
             self.table.want(needed)  # so that an open block, which comes before the next step, evicts none of them
             self._start(self.sealed, needed)
+            if sum(coming.bytes for coming in self.coming) > MOST_COMING * self._pool_bytes():
+                self._install(self.sealed, needed)
 
     def wait(self, selection: Tensor) -> Resident:
         if self.sealed is None:
@@ -337,6 +338,35 @@ class TieredStore(Store):
         """Fork; the counts are copied with the cache."""
         return self.fork(copy.deepcopy(self.counts, memo))
 
+    # To and from a file
+
+    def export(self) -> Export:
+        if self.sealed is None:
+            return exact_export(self.keys[:, :, : self.length], self.values[:, :, : self.length], self.block_size)
+        left, sealed = self.length % self.block_size, self.sealed
+        opened = [self._open(x)[:, :, :left] if left else x[:, :, :0] for x in (self.keys, self.values)]
+        return Export(self.backing.codec, sealed.records.unit_bytes, sealed.units(), *opened)
+
+    def adopt(self, sealed: SealedBlocks, keys: Tensor, values: Tensor) -> None:
+        """Begin with what a saved store was: with its slots empty, or, where it had not spilled, with none of it sealed.
+
+        The latter only if sealing would round: then `sealed` is not of this store's backing, and no larger than fast memory.
+        """
+        self.clear()
+        if sealed.backing is not self.backing:
+            step = self.piece_tokens // self.block_size
+            for piece in sealed.pieces(sealed.count, step, keys.device, self.counts):
+                self.append(*piece)
+        else:
+            self.keys, self.values = (x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (keys, values))
+            self.length = sealed.count * self.block_size
+            self.sealed, self.table = sealed, SlotTable(self.batch * self.heads, 0)
+            self.table.add_blocks(sealed.count)
+            self.open_slots = torch.zeros(self.batch * self.heads, dtype=torch.int64)
+            self._resize(self.slots(self.length + keys.shape[2]))
+        if keys.shape[2]:
+            self.append(keys, values)
+
     # Sizes
 
     def block_bytes(self) -> int:
@@ -348,6 +378,8 @@ class TieredStore(Store):
     def bytes(self) -> int:
         return self.length * self.batch * self.heads * self.block_bytes() // self.block_size
 
+    def _pool_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
+
     def fast_bytes(self) -> int:
-        pool = sum(x.numel() * x.element_size() for x in (self.keys, self.values))
-        return pool + self.table.bytes() + (self.sealed.table_bytes() if self.sealed is not None else 0)
+        return self._pool_bytes() + self.table.bytes() + (self.sealed.table_bytes() if self.sealed is not None else 0)

@@ -19,12 +19,14 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return a function: arguments after those of `SMALL` to exit code, stdout, stderr."""
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a function: arguments after those of `SMALL` to exit code, stdout, stderr; no file is left."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def command(*arguments: str) -> tuple[int, str, str]:
         code = main(["demo", *SMALL, *arguments])
         said = capsys.readouterr()
+        assert not list(tmp_path.glob("cache/attnpred/kv/*"))
         return code, said.out, said.err
 
     return command
@@ -43,7 +45,9 @@ def assert_promised(result: dict[str, Any]) -> None:
     }
     assert promised <= set(result)
     for side in ("full", "predicted"):
-        assert {"correct", "total", "bits_per_byte", "read_bytes_per_step", "ms_per_token"} <= set(result[side])
+        assert {"correct", "total", "bits_per_byte", "read_bytes_per_step", "ms_per_token", "fast_bytes"} <= set(
+            result[side]
+        )
         assert 0 <= result[side]["correct"] <= result[side]["total"] == 4
         assert result[side]["bits_per_byte"] > 0 and result[side]["ms_per_token"] > 0
     assert 0 < result["attention_recovery"] <= 1 + 1e-6 and 0 < result["recovery_ratio"] <= 1 + 1e-6
@@ -62,6 +66,12 @@ def test_json_has_every_promised_key_and_the_figures_agree(run: Run, tmp_path: P
     # 7 steps of one token follow the text, at 1025 to 1031 tokens; the full cache reads all of them.
     assert result["full"]["read_bytes_per_step"] == 1028 * KV_BYTES
     assert result["full"]["tokens_attended"] == 1028
+    assert result["full"]["fast_bytes"] >= 1031 * KV_BYTES
+    # Of every head 17 slots of 16 tokens, the tables of where the 65 blocks lie, and what the policy remembers of each.
+    assert 17 * 16 * KV_BYTES < result["predicted"]["fast_bytes"] < 1.2 * 17 * 16 * KV_BYTES
+    assert result["offload"] == "disk" and result["late_share"] == 0.06
+    assert 0.9 < result["predicted"]["hit_rate"] <= 1 and result["predicted"]["exposed_wait_ms"] > 0
+    assert "hit_rate" not in result["full"]
     assert 224 < result["predicted"]["tokens_attended"] <= 256
     # No calibration row falls into 7 steps, and a step reads whole blocks: up to 15 tokens more than it attends to.
     blocks = [1 + (16 - 1 - 3) + (-(-n // 16) - (n - 32) // 16) for n in range(1025, 1032)]
@@ -69,7 +79,24 @@ def test_json_has_every_promised_key_and_the_figures_agree(run: Run, tmp_path: P
     assert result["figure"] == str(picture) and picture.read_bytes().startswith(b"\x89PNG")
     table = "\n".join(out.splitlines()[:-1])
     assert f"{result['full']['correct']} of 4" in table and f"{result['compression']:.1f} times less KV" in table
-    assert str(picture) in table and "Traceback" not in err
+    assert f"{result['predicted']['fast_bytes']:,}" in table and f"{result['predicted']['hit_rate']:.1%}" in table
+    assert str(picture) in table and "Traceback" not in err and (tmp_path / "cache/attnpred/kv").is_dir()
+
+
+@pytest.mark.slow
+def test_in_memory_nothing_is_fetched_and_the_figures_are_the_same(run: Run, tmp_path: Path) -> None:
+    found = {
+        where: json.loads(run("--policy", "ema", "--offload", where, "--json")[1].splitlines()[-1])
+        for where in ("none", "cpu")
+    }
+    none, host = (found[where]["predicted"] for where in ("none", "cpu"))
+    assert found["none"]["late_share"] is None and found["none"]["offload"] is None and "hit_rate" not in none
+    assert none["fast_bytes"] > found["none"]["full"]["fast_bytes"] > 3 * host["fast_bytes"]
+    for key in ("correct", "bits_per_byte", "read_bytes_per_step", "tokens_attended"):
+        assert none[key] == host[key]
+    for key in ("compression", "attention_recovery", "recovery_ratio", "answers"):
+        assert found["none"][key] == found["cpu"][key]
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow
@@ -108,6 +135,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "compression too high": (["--compression", "13"], "use a lower --compression"),
     "all layers dense": (["--dense-layers", "5"], "use a lower --compression, fewer --dense-layers"),
     "calibration below 0": (["--calibration", "-1"], "got calibration_interval=-1"),
+    "unknown offload": (["--offload", "tape"], "got offload='tape', expected one of None, 'cpu', 'disk'"),
+    "late share above 1": (["--late-share", "2"], "got late_share=2.0, expected a share from 0 to 1"),
     "missing text": (["--text", "/no/such/text"], "got /no/such/text, expected a text file"),
     "figure in a missing folder": (["--figure", "/no/such/folder/x.png"], "expected a file in a folder that exists"),
     "no context": (["--context", "0"], "--context"),

@@ -110,6 +110,50 @@ def test_the_shipped_predictor_is_the_default_and_fits_the_demo_model(run: Calla
     assert "no predictor was trained" not in err
 
 
+@pytest.fixture
+def long_file(tmp_path: Path) -> Path:
+    """A text of which the budget of `SPARSE` is a quarter."""
+    path = tmp_path / "long.txt"
+    path.write_text(" ".join([TEXT] * 4), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_with_a_slow_tier_the_text_is_the_same_and_what_it_did_is_counted(
+    where: str, run: Callable[..., tuple[int, str, str]], long_file: Path, tmp_path: Path
+) -> None:
+    folder = ["--offload-dir", str(tmp_path / "kv")] if where == "disk" else []
+    offload = ["--offload", where, *folder, "--prefill-chunk", "32"]
+    plain = json.loads(run(*SPARSE, "--json", file=long_file)[1])
+    code, out, err = run(*SPARSE, *offload, "--json", "--stats", file=long_file)
+    result = json.loads(out)
+    assert code == 0 and result["text"] == plain["text"]
+    stats, total = result["stats"], result["stats"]["total"]
+    assert 0 < total["hit_rate"] <= 1 and total["bytes_fetched"] > 0 and total["bytes_streamed"] > 0
+    assert total["exposed_wait_ms_per_token"] == pytest.approx(total["exposed_wait_ms"] / 11)
+    assert stats["slow_bytes"] == {"host" if where == "cpu" else "disk": 5 << 20}
+    assert "slow_bytes" not in plain["stats"] and "hit_rate" not in plain["stats"]["total"]
+    for shown in (f"fast memory: {stats['fast_bytes']:,} bytes", f"{total['hit_rate']:.1%}", f"{5 << 20:,} bytes"):
+        assert shown in err
+    assert where == "cpu" or not list((tmp_path / "kv").iterdir())
+
+
+def test_other_numbers_take_less(run: Callable[..., tuple[int, str, str]], long_file: Path) -> None:
+    written = []
+    for dtype in ([], ["--offload-dtype", "int8"], ["--offload-dtype", "fp8"]):
+        out = run(*SPARSE, "--offload", "cpu", *dtype, "--json", file=long_file)[1]
+        written.append(json.loads(out)["stats"]["total"]["bytes_written"])
+    assert written[1] == written[2] < 0.3 * written[0]  # of four bytes one, and two scales of a token
+
+
+def test_fewer_blocks_come_late_if_fewer_may(run: Callable[..., tuple[int, str, str]], long_file: Path) -> None:
+    late = []
+    for share in ("0", "1"):
+        out = run(*SPARSE[2:], "--offload", "cpu", "--late-share", share, "--json", file=long_file)[1]
+        late.append(json.loads(out)["stats"]["total"]["fetched_late"])
+    assert late[0] < late[1]
+
+
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown policy": (["--policy", "tarot"], "got policy 'tarot', expected one of full"),
     "budget 0": (["--budget", "0"], "got budget=0.0, expected a number of tokens"),
@@ -123,6 +167,13 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "got num_sink_tokens=64, expected a multiple of block_size=24",
     ),
     "block size 0": (["--block-size", "0"], "got block_size=0, expected a whole number of at least 1"),
+    "unknown offload": (["--offload", "tape"], "got offload='tape', expected one of None, 'cpu', 'disk'"),
+    "unknown numbers": (["--offload", "cpu", "--offload-dtype", "int3"], "got offload_dtype='int3', expected one of"),
+    "numbers of nothing": (["--offload-dtype", "int8"], "got offload_dtype='int8' without offload"),
+    "a folder of nothing": (["--offload-dir", "/tmp"], "without offload, expected offload='cpu' or 'disk'"),
+    "late share above 1": (["--late-share", "2"], "got late_share=2.0, expected a share from 0 to 1"),
+    "a limit below 0": (["--fast-limit", "-1"], "got fast_limit=-1, expected a number of bytes"),
+    "chunks of 0": (["--prefill-chunk", "0"], "--prefill-chunk"),
     "no new tokens": (["--max-new-tokens", "0"], "--max-new-tokens"),
     "missing predictor": (["--policy", "predicted", "--predictor", "/no/such/folder"], "got missing directory"),
 }
@@ -140,6 +191,21 @@ def assert_one_line(result: tuple[int, str, str], message: str) -> None:
 def test_a_wrong_option_is_one_line(mistake: str, run: Callable[..., tuple[int, str, str]]) -> None:
     arguments, message = MISTAKES[mistake]
     assert_one_line(run("--policy", "ema", *arguments), message)
+
+
+TOO_LITTLE = {
+    "fast": (["--fast-limit", "1000"], "of fast memory, expected at most 1000 bytes"),
+    "host": (["--offload", "cpu", "--host-limit", "1000"], "5.00 MiB of host memory, expected at most 1000 bytes"),
+    "disk": (["--offload", "disk", "--disk-limit", "1000"], "5.00 MiB of disk, expected at most 1000 bytes"),
+}
+
+
+@pytest.mark.parametrize("tier", TOO_LITTLE)
+def test_what_will_not_fit_is_one_line_before_the_first_token(
+    tier: str, run: Callable[..., tuple[int, str, str]], long_file: Path
+) -> None:
+    arguments, message = TOO_LITTLE[tier]
+    assert_one_line(run(*SPARSE, *arguments, file=long_file), message)
 
 
 @pytest.mark.parametrize("content", [None, "", " \n\t\n"], ids=["missing", "empty", "blank"])

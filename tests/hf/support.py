@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ WHOLE = replace(SMALL, budget=1.0)
 
 COVERING = replace(SMALL, budget=100_000, dense_when_fits=False)
 """Everything fits, and every step takes the sparse path all the same, over all blocks."""
+
+
+def offloaded(settings: CacheConfig, offload: str | None, folder: Path) -> CacheConfig:
+    """Return `settings` for a cache whose blocks lie there; those of "disk" in `folder`."""
+    return replace(settings, offload=offload, offload_dir=folder if offload == "disk" else None)
 
 
 def greedy(model: PreTrainedModel, tokens: Tensor, new: int = 24, **settings: Any) -> Tensor:

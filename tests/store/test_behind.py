@@ -3,10 +3,13 @@
 import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import pytest
+import torch
 
 from attnpred.errors import StoreError
 from attnpred.store import behind
@@ -16,16 +19,16 @@ from attnpred.store.host import HostTier
 from tests.store.test_disk import end_of, forked
 
 SOON = 0.05
-LATE = 30.0
+LATE = 10.0
 
 
 class Setup:
     """A `Behind` of a fake of host memory, with a stretch of 1000 bytes."""
 
-    def __init__(self, timeout: float = LATE, limit: int = 100) -> None:
+    def __init__(self) -> None:
         self.host = HostTier()
         self.fake = FakeTier(self.host)
-        self.tier = Behind(self.fake, limit, timeout)
+        self.tier = Behind(self.fake, 100, LATE)
         self.place = self.tier.allocate(1000)
 
     def hold(self, at: int = 900, data: bytes = b"held") -> None:
@@ -34,6 +37,13 @@ class Setup:
         self.fake.hang_writes.clear()
         self.write(at, data)
         wait_for(lambda: self.fake.writes > count)
+
+    @contextmanager
+    def impatient(self) -> Iterator[None]:
+        """Have the deadline come soon, for what will not be done."""
+        self.tier._queue.timeout = SOON
+        yield
+        self.tier._queue.timeout = LATE
 
     def write(self, at: int, data: bytes) -> None:
         self.tier.write(self.place + at, memoryview(data))
@@ -59,15 +69,12 @@ def writers() -> int:
     return sum(thread.name == "attnpred-writer" for thread in threading.enumerate())
 
 
-@pytest.fixture(params=[LATE])
-def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
-    setup = Setup(request.param)
+@pytest.fixture
+def setup() -> Iterator[Setup]:
+    setup = Setup()
     yield setup
     setup.close()
     assert writers() == 0
-
-
-soon = pytest.mark.parametrize("setup", [SOON], indirect=True)
 
 
 def test_no_thread_before_the_first_write(setup: Setup) -> None:
@@ -105,7 +112,6 @@ def test_the_last_write_counts(setup: Setup) -> None:
     assert setup.read(0, 5) == (199).to_bytes(5, "big") and setup.fake.writes == 204
 
 
-@soon
 def test_other_bytes_are_read_meanwhile(setup: Setup) -> None:
     setup.write(0, b"abcd")
     setup.tier.flush()
@@ -127,7 +133,6 @@ def test_a_range_that_is_queued_in_part_waits_for_it(setup: Setup) -> None:
         assert [read.result(10) for read in reads] == [b"..ab", b".a", b"bh", b"abheld"]
 
 
-@soon
 def test_what_takes_too_long_is_an_error(setup: Setup) -> None:
     setup.hold(0, b"x" * 90)
     calls: list[Callable[[], object]] = [
@@ -136,13 +141,34 @@ def test_what_takes_too_long_is_an_error(setup: Setup) -> None:
         lambda: setup.tier.release(setup.place, 1000),
         setup.tier.flush,
     ]
+    start = time.monotonic()
     for call in calls:
-        with pytest.raises(StoreError, match=r"got 90 bytes still to write after 0.05 s"):
+        with setup.impatient(), pytest.raises(StoreError, match=r"got 90 bytes still to write after 0.05 s"):
             call()
+    assert time.monotonic() - start < LATE
     setup.write(200, b"x" * 10)  # fits
     setup.fake.hang_writes.set()
     setup.tier.flush()
     assert setup.read(0, 90) == b"x" * 90
+
+
+def test_pieces_of_which_some_are_queued(setup: Setup) -> None:
+    setup.write(0, b"abcdefgh")
+    setup.tier.flush()
+    setup.hold(4, b"EFGH")
+    setup.write(20, b"ijkl")
+    into = torch.zeros(3, 2, dtype=torch.uint8)
+    setup.tier.read_many(setup.place + torch.tensor([1, 5, 20]), into)
+    assert bytes(into.flatten().tolist()) == b"bcFGij"
+
+
+def test_the_page_cache_is_dropped_after_the_queue_is_empty(setup: Setup) -> None:
+    setup.hold()
+    with setup.impatient(), pytest.raises(StoreError, match="still to write"):
+        setup.tier.drop_page_cache()
+    setup.fake.hang_writes.set()
+    setup.tier.drop_page_cache()
+    assert setup.tier.pending_bytes == 0
 
 
 def test_room_for_the_next_write_is_waited_for(setup: Setup) -> None:
@@ -158,15 +184,14 @@ def test_room_for_the_next_write_is_waited_for(setup: Setup) -> None:
     assert (setup.read(59, 1), setup.read(100, 1), setup.read(200, 1)) == (b"a", b"b", b"c")
 
 
-@soon
 def test_a_write_over_the_limit_goes_alone(setup: Setup) -> None:
     setup.hold(0, b"a" * 500)
-    with pytest.raises(StoreError, match="still to write"):
+    with setup.impatient(), pytest.raises(StoreError, match="still to write"):
         setup.write(500, b"b")
     setup.fake.hang_writes.set()
     setup.tier.flush()
     setup.hold(0, b"a")
-    with pytest.raises(StoreError, match="still to write"):
+    with setup.impatient(), pytest.raises(StoreError, match="still to write"):
         setup.write(500, b"b" * 500)
 
 
@@ -214,14 +239,16 @@ def test_those_who_wait_hear_of_a_failure_at_once(setup: Setup) -> None:
                 call.result(5)
 
 
-@soon
 def test_a_thread_that_is_just_gone(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(behind, "work", lambda queue: None)
-    with pytest.raises(StoreError, match="got a writer thread that has ended"):
-        for _ in range(100):
-            setup.write(0, b"x" * 10)
-    with pytest.raises(StoreError, match="got a writer thread that has ended"):
-        setup.tier.flush()
+    with suppress(StoreError):  # gone already
+        setup.write(0, b"abcd")
+    wait_for(lambda: writers() == 0)
+    start = time.monotonic()
+    for call in (setup.tier.flush, lambda: setup.write(0, b"abcd"), lambda: setup.read(0, 4)):
+        with pytest.raises(StoreError, match="got a writer thread that has ended"):
+            call()
+    assert time.monotonic() - start < LATE
 
 
 def test_no_thread_to_be_had(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +308,11 @@ def test_release_waits_for_what_is_being_written(setup: Setup) -> None:
 def test_close_does_not_write_what_is_queued(setup: Setup) -> None:
     setup.hold()
     setup.write(0, b"abcd")
-    threading.Timer(0.02, setup.fake.hang_writes.set).start()
-    setup.tier.close()
+    with ThreadPoolExecutor(1) as pool:
+        close = pool.submit(setup.tier.close)
+        wait_for(lambda: setup.tier._queue.is_closed)
+        setup.fake.hang_writes.set()
+        close.result(10)
     assert setup.fake.writes == 1 and setup.tier.pending_bytes == 0 and setup.tier.used() == {"host": 0}
 
 
@@ -298,10 +328,10 @@ def test_close_ends_the_waiting_of_others(setup: Setup) -> None:
         close.result(10)
 
 
-@soon
 def test_close_does_not_wait_for_ever(setup: Setup) -> None:
     setup.hold()
-    setup.tier.close()
+    with setup.impatient():
+        setup.tier.close()
     assert setup.tier.used() == {"host": 0}
     setup.fake.hang_writes.set()
     wait_for(lambda: writers() == 0)
@@ -312,13 +342,13 @@ def test_the_last_reference_ends_it(error: BaseException | None) -> None:
     gc.disable()
     try:
         setup = Setup()
-        host = setup.host
+        host, fake = setup.host, weakref.ref(setup.fake)
         setup.fake.fail_writes = [error]
         setup.write(0, b"abcd")
         while setup.tier.pending_bytes:
             time.sleep(0.001)
         del setup
-        assert host.used() == {"host": 0} and writers() == 0
+        assert host.used() == {"host": 0} and writers() == 0 and fake() is None
     finally:
         gc.enable()
 

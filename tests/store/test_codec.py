@@ -217,6 +217,12 @@ def test_swapped_words_are_seen() -> None:
     assert (checks(swapped.view(torch.uint8)) != checks(unit(33))).all()
 
 
+@pytest.mark.parametrize("words", [2, 1000, 40_000])
+def test_checks_of_many_units_are_those_of_each(words: int) -> None:
+    units = random_bits(torch.Generator().manual_seed(0), torch.uint8, 70, words * 4)
+    assert checks(units).tolist() == [int(checks(units[i : i + 1])) for i in range(70)]
+
+
 def test_checks_of_much_alike_are_different() -> None:
     counting = torch.zeros(20_000, 4, dtype=torch.int64)
     counting[:, 2] = torch.arange(20_000)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from attnpred.errors import StoreError, TierFullError
 from attnpred.store import disk, scratch
@@ -82,9 +83,9 @@ def holder(folder: Path) -> tuple[int, Path]:
         signal.pause()
 
     process = forked(job)
+    os.close(there)  # so that the fork's death would be the end of it
     path = Path(os.read(here, 1000).decode())
     os.close(here)
-    os.close(there)
     return process, path
 
 
@@ -175,6 +176,14 @@ def test_page_cache_can_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 # Its end
+
+
+def test_closed_before_it_was_made(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path)
+    tier.close()
+    with pytest.raises(StoreError, match="expected it open"):
+        tier.allocate(1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_removed_under_us(tmp_path: Path) -> None:
@@ -357,7 +366,7 @@ def test_limit_of_the_system(tmp_path: Path) -> None:
 def test_room_that_cannot_be_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "FALLOCATE", failing(errno.EOPNOTSUPP))
     tier, place = filled(tmp_path)
-    assert tier.path is not None and tier.path.stat().st_size == len(DATA) and read(tier, place) == DATA
+    assert read(tier, place) == DATA and read(tier, tier.allocate(10), 10) == bytes(10)
     monkeypatch.setattr(disk, "FALLOCATE", failing(errno.EIO))
     with pytest.raises(StoreError, match="Input/output error") as caught:
         tier.allocate(1)
@@ -373,6 +382,9 @@ def test_truncated(tmp_path: Path) -> None:
     for buffers in (101,), (50, 60), (100, 1):
         with pytest.raises(StoreError, match=re.escape(str(tier.path))):
             read(tier, place, *buffers)
+    into = torch.zeros(2, 50, dtype=torch.uint8)
+    with pytest.raises(StoreError, match=re.escape(str(tier.path))):
+        tier.read_many(torch.tensor([place + 10, place + 60]), into)
     tier.close()
 
 

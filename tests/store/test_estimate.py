@@ -83,7 +83,7 @@ def test_every_part_by_hand() -> None:
     assert found.full == 2 * heads * 1001 * 24
     assert found.pool == heads * (17 + 2) * 4 * 24
     assert found.memory == 700  # already of the whole batch, and a dense layer needs none
-    assert found.tables == 2 * heads * blocks * 8 + heads * (17 + 2) * 8 + 2 * 3 * blocks * 24
+    assert found.tables == 2 * heads * blocks * 8 + heads * (17 + 2) * 8 + 2 * 3 * blocks * 20
     assert found.buffers == 3 * 3 * 2 * 1024 * 24
     assert (found.host, found.disk) == (2 * SEGMENT, 0)
     assert found.fast == found.pool + found.memory + found.tables + found.buffers
@@ -146,7 +146,7 @@ def test_a_real_store_takes_as_much(kind: LayerShape, tokens: int, dtype: str | 
     assert found.host == tier.used()["host"]
     real, wanted = store.fast_bytes(), found.pool + found.tables
     if found.host:  # tables of records are made for whole segments
-        assert wanted <= real <= wanted + (1 << 20) // 128 * 24
+        assert wanted <= real <= wanted + (1 << 20) // 128 * 20
     else:  # nothing was written, so there are no tables yet
         assert real == found.pool
 

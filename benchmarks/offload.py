@@ -202,11 +202,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--churn", type=float, default=None, help="default: what the demo LM's real decode shows")
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--demo-steps", type=int, default=128, help="steps of the demo LM's real decode")
     parser.add_argument("--folder", type=Path, default=None, help="where the files go")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
     args = parser.parse_args(arguments)
     say: Callable[[str], None] = (lambda line: None) if args.json else print
-    real = real_decode(8192, 128, args.folder, say)
+    real = real_decode(min(8192, args.context), args.demo_steps, args.folder, say)
     churn = real["churn"] if args.churn is None else args.churn
 
     torch.manual_seed(0)

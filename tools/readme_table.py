@@ -19,6 +19,7 @@ COLUMNS = (
     "facts recalled",
     "bits per byte",
     "KV read per step",
+    "fast memory",
     "ms per token",
     "attention recovery",
     "recovery ratio",
@@ -33,6 +34,7 @@ def row(name: str, tokens: int, measured: dict[str, Any], recovery: float | None
         f"{measured['correct']} of {measured['total']}",
         f"{measured['bits_per_byte']:.3f}",
         f"{measured['read_bytes_per_step'] / 2**20:.2f} MiB",
+        f"{measured['fast_bytes'] / 2**20:.2f} MiB" if "fast_bytes" in measured else "-",
         f"{measured['ms_per_token']:.1f}",
         *("-" if share is None else f"{share:.1%}" for share in (recovery, ratio)),
     ]

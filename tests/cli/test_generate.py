@@ -131,6 +131,7 @@ def test_with_a_slow_tier_the_text_is_the_same_and_what_it_did_is_counted(
     stats, total = result["stats"], result["stats"]["total"]
     assert 0 < total["hit_rate"] <= 1 and total["bytes_fetched"] > 0 and total["bytes_streamed"] > 0
     assert total["exposed_wait_ms_per_token"] == pytest.approx(total["exposed_wait_ms"] / 11)
+    assert total["dense"] == {"several tokens in one call": 5 * (-(-result["prompt_tokens"] // 32) - 1)}
     assert stats["slow_bytes"] == {"host" if where == "cpu" else "disk": 5 << 20}
     assert "slow_bytes" not in plain["stats"] and "hit_rate" not in plain["stats"]["total"]
     for shown in (f"fast memory: {stats['fast_bytes']:,} bytes", f"{total['hit_rate']:.1%}", f"{5 << 20:,} bytes"):

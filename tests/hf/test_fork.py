@@ -1,6 +1,5 @@
 """A fork goes on by itself: several questions about one document, whose blocks are there once."""
 
-import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,7 +103,6 @@ def test_the_end_of_one_leaves_the_other(elder: bool, offload: str | None, how: 
         if how == "close":
             gone.close()
         del cache, fork, gone
-        gc.collect()
         assert torch.equal(logits(model, kept, *QUESTIONS[1]), want)
         kept.close()
     assert not list(tmp_path.iterdir())
@@ -128,7 +126,6 @@ def test_a_fork_that_ends_gives_its_records_back(how: str) -> None:
         elif how != "del":
             getattr(fork, how)()
         del fork
-        gc.collect()
         assert records.users[:36].tolist() == [1] * 30 + [0] * 6 and len(records.free) == records.users.numel() - 30
 
 

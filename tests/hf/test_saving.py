@@ -100,17 +100,14 @@ def test_it_goes_on_where_it_was(policy: str, offload: str | None, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("policy", "other"),
     [
-        {"hysteresis": 0.5},  # it depends on what was attended last
-        {"late_share": 0.1},  # on what was forecast
-        {"per_query_head": True},
-        {"calibration_interval": 4},  # on how many steps there were
-        {"budget": 0.5},
-        {"dense_layers": 2},
+        ("predicted", {"hysteresis": 0.5}),  # it depends on what was attended last
+        ("predicted", {"late_share": 0.1}),  # on what was forecast
+        ("predicted", {"per_query_head": True, "dense_layers": 2}),
+        ("ema", {"calibration_interval": 4, "budget": 0.5}),  # on how many steps there were
     ],
 )
-@pytest.mark.parametrize("policy", ["predicted", "ema"])
 def test_so_it_does_with_other_settings(policy: str, other: dict[str, Any], tmp_path: Path) -> None:
     with attached(policy, settings := replace(SMALL, offload="cpu", **other)):
         cache = saved(tmp_path / "a.kv", policy, settings)
@@ -243,6 +240,7 @@ cache.save(path)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.kv"
     with attached("ema"):
@@ -468,7 +466,7 @@ def test_limits_hold_for_what_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("offload", [None, "cpu"])
 def test_loading_reads_next_to_nothing(offload: str | None, tmp_path: Path) -> None:
-    path, tokens = tmp_path / "a.kv", 64_000
+    path, tokens = tmp_path / "a.kv", 32_000
     model = small_model(num_attention_heads=8, num_key_value_heads=8, head_dim=32, num_hidden_layers=2)
     settings = replace(SMALL, block_size=16, num_sink_tokens=16, recent_window=16, budget=80, offload=offload)
     with attnpred.attach(model, policy="streaming", config=settings) as handle:

@@ -3,7 +3,8 @@
     python -m benchmarks.memory [--context 32768] [--budget 0.0769] [--offload disk|cpu|none]
 
 The 1B shape's cache is filled with random keys and values, 1,024 tokens at a time, as a prompt in chunks would; then come
-steps of `predicted`, without the weights of a model: what the process has more than before is the cache. The last line is JSON.
+steps of `predicted`, without the weights of a model: what the process has more than before is the cache. The last line is
+JSON.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Reading many small pieces of a file in one call that holds no lock of Python's, compiled by numba (extra `fast`).
+"""Reading many small pieces of a file, and their check values, without holding a lock of Python's, compiled by numba.
 
 A step fetches hundreds of pieces of a few KiB for every layer. From Python each is a call that needs the interpreter, and
 the threads that read stand in the way of the one that computes (docs/LOG.md).
@@ -45,3 +45,13 @@ def read_many(fd, places, size, target, scratch, room, gap):  # type: ignore[no-
                 _memcpy(target + piece * size, scratch + places[piece] - places[first], size)
         first = last
     return count
+
+
+@compiled("void(int32[:, ::1], int64[::1], int64, int32[::1])", nogil=True)
+def unit_checks(words, weights, first, out):  # type: ignore[no-untyped-def]
+    """Set out [n] to the upper halves of `first` + sum over j of words [n, w] * weights [w], modulo 2**64."""
+    for unit in range(words.shape[0]):
+        total = first
+        for j in range(words.shape[1]):
+            total += numba.int64(words[unit, j]) * weights[j]
+        out[unit] = numba.int32(total >> 32)

@@ -8,7 +8,6 @@ On a GPU the pieces land in pinned memory, and each thread sends what it has rea
 """
 
 import contextlib
-import os
 import queue
 import threading
 import time
@@ -24,8 +23,7 @@ from attnpred.errors import StoreError
 from attnpred.store.codec import checks
 from attnpred.store.tier import Tier
 
-THREADS = 16
-NICENESS = 10
+THREADS = 8
 STOP_TIMEOUT = 0.5
 """Seconds for all threads to end."""
 SMALLEST_TASK = 16 << 10
@@ -102,8 +100,6 @@ class Fetcher:
 
 def _work(tasks: "queue.SimpleQueue[Any]") -> None:
     """Do tasks until None comes."""
-    with contextlib.suppress(AttributeError, OSError):  # Linux: threads that compute go first
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
     while (task := tasks.get()) is not None:
         future, tier, places, unit, landing, data, stream = task
         try:

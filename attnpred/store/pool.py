@@ -1,4 +1,4 @@
-"""`BlockPool`: all keys and values of one layer in fast memory, preallocated and grown by halves, never concatenated.
+"""`BlockPool`: all keys and values of one layer in fast memory, preallocated and grown by eighths, never concatenated.
 
 Layout: two tensors [B, Hkv, capacity, D], capacity a multiple of the block size, so that block i of a head is the
 contiguous tokens [i * P, (i + 1) * P): the slot of a block is its id. Memory past `length` is always finite (zeros, or
@@ -78,7 +78,7 @@ class BlockPool(Store):
         expect("values", values, self.values.shape[0], self.values.shape[1], tokens, self.values.shape[3])
         if needed > self.keys.shape[2]:
             capacity = (
-                num_blocks(max(needed + SPARE, needed * 3 // 2 if self.length else needed), self.block_size)
+                num_blocks(max(needed + SPARE, needed * 9 // 8 if self.length else needed), self.block_size)
                 * self.block_size
             )
             self._tensors = self._grown(self.keys, capacity), self._grown(self.values, capacity)

@@ -27,7 +27,6 @@ from attnpred.store.sealed import Coming, SealedBlocks
 from attnpred.store.slots import ABSENT, COMING, SlotTable
 from attnpred.telemetry import LayerCounts
 
-
 MOST_COMING = 1 / 8
 """What is on its way takes memory of its own: more than this share of the slots' is not left there, but waited for at once.
 That happens after a prompt, when nothing is in the slots yet."""
@@ -243,8 +242,9 @@ class TieredStore(Store):
             rows = coming.rows[kept]
             slots = self.table.place(rows, coming.blocks[kept]).to(units.device)
             decoded = sealed.codec.decode(units if kept.numel() == units.shape[0] else units[kept.to(units.device)])
+            places = rows.to(units.device) * self.table.slots + slots
             for stored, new in zip((self.keys, self.values), decoded, strict=True):
-                self._slot_view(stored)[rows.to(units.device), slots] = new
+                self._slot_view(stored).flatten(0, 1).flatten(1).index_copy_(0, places, new.flatten(1))
 
     def request(self, selection: Tensor) -> None:
         if self.sealed is not None:

@@ -217,6 +217,14 @@ def test_swapped_words_are_seen() -> None:
     assert (checks(swapped.view(torch.uint8)) != checks(unit(33))).all()
 
 
+@pytest.mark.parametrize("words", [2, 10, 1000])
+def test_checks_are_the_same_without_numba(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = random_bits(torch.Generator().manual_seed(0), torch.uint8, 70, words * 4)
+    native = checks(units)
+    monkeypatch.setattr("attnpred.store.codec._HAS_NUMBA", False)
+    assert torch.equal(checks(units), native)
+
+
 @pytest.mark.parametrize("words", [2, 1000, 40_000])
 def test_checks_of_many_units_are_those_of_each(words: int) -> None:
     units = random_bits(torch.Generator().manual_seed(0), torch.uint8, 70, words * 4)

@@ -23,7 +23,7 @@ from attnpred.errors import StoreError
 from attnpred.store.codec import checks
 from attnpred.store.tier import Tier
 
-THREADS = 8
+THREADS = 4
 STOP_TIMEOUT = 0.5
 """Seconds for all threads to end."""
 SMALLEST_TASK = 16 << 10

@@ -27,7 +27,7 @@ from attnpred.store.sealed import Coming, SealedBlocks
 from attnpred.store.slots import ABSENT, COMING, SlotTable
 from attnpred.telemetry import LayerCounts
 
-MOST_COMING = 1 / 8
+MOST_COMING = 1 / 2
 """What is on its way takes memory of its own: more than this share of the slots' is not left there, but waited for at once.
 That happens after a prompt, when nothing is in the slots yet."""
 
@@ -234,7 +234,9 @@ class TieredStore(Store):
         while self.coming:
             coming = self.coming.pop(0)
             self.table.slot_of[coming.rows, coming.blocks] = ABSENT
+            began = time.perf_counter()
             units = sealed.finish(coming, self.counts)
+            self.counts.exposed_wait += time.perf_counter() - began
             kept = needed[coming.rows, coming.blocks].nonzero().flatten()
             self.counts.bytes_wasted += (units.shape[0] - kept.numel()) * units.shape[1]
             if not kept.numel():
@@ -261,9 +263,7 @@ class TieredStore(Store):
         self.table.want(needed)
         self._count(needed)
         self._start(self.sealed, needed)
-        began = time.perf_counter()
         self._install(self.sealed, needed)
-        self.counts.exposed_wait += time.perf_counter() - began
         places = self.table.slot_of.view(self.batch, self.heads, 1, -1)
         ids = selection.cpu().clamp_min(0).view(self.batch, self.heads, -1, selection.shape[2])
         slots = places.expand(-1, -1, ids.shape[2], -1).gather(3, ids).long().view(selection.shape)

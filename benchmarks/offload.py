@@ -194,6 +194,19 @@ def real_decode(context: int, steps: int, folder: Path | None, say: Callable[[st
     return row
 
 
+def random_model(layers: int) -> Any:
+    """Return a model of the 1B shape with random weights, in bf16, with `layers` layers."""
+    torch.manual_seed(0)
+    SHAPE_1B.num_hidden_layers = layers
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(SHAPE_1B)
+    model: Any = empty.to(torch.bfloat16).to_empty(device="cpu").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(SHAPE_1B)  # its buffer is not among the parameters
+    return model
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="attnpred bench offload", description=__doc__.partition("\n")[0])
     parser.add_argument("--context", type=int, default=1 << 15)
@@ -210,14 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     real = real_decode(min(8192, args.context), args.demo_steps, args.folder, say)
     churn = real["churn"] if args.churn is None else args.churn
 
-    torch.manual_seed(0)
-    SHAPE_1B.num_hidden_layers = args.layers
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(SHAPE_1B)
-    model: Any = empty.to(torch.bfloat16).to_empty(device="cpu").eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    model.model.rotary_emb = type(model.model.rotary_emb)(SHAPE_1B)
+    model = random_model(args.layers)
     budget = int(args.budget) if args.budget > 1 else args.budget
     # The walk has its own inertia, so the hysteresis here is only there to cost what it costs.
     plain = CacheConfig(budget=budget, dense_layers=0, late_share=LATE_SHARE, hysteresis=1e-6)

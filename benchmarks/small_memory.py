@@ -13,15 +13,13 @@ import json
 import resource
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
 
 import attnpred
 from attnpred.config import CacheConfig
 from benchmarks.environment import environment
-from benchmarks.offload import SHAPE_1B
+from benchmarks.offload import SHAPE_1B, random_model
 
 
 def status(name: str) -> int:
@@ -43,14 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="the last line is JSON in any case")
     args = parser.parse_args(arguments)
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
-    torch.manual_seed(0)
-    SHAPE_1B.num_hidden_layers = args.layers
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(SHAPE_1B)
-    model: Any = empty.to(torch.bfloat16).to_empty(device="cpu").eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    model.model.rotary_emb = type(model.model.rotary_emb)(SHAPE_1B)
+    model = random_model(args.layers)
     settings = CacheConfig(budget=1 / 13, dense_layers=0, late_share=0.05)
     if args.offload == "disk":
         settings = attnpred.hf.make_settings(settings, {"offload": "disk", "offload_dir": args.folder})

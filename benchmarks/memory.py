@@ -24,7 +24,7 @@ from attnpred.kernels.dense import AttentionTerms
 from attnpred.policies.predicted import Predicted
 from attnpred.predictor.pretrained import Predictor, shipped
 from benchmarks.environment import environment
-from benchmarks.offload import SHAPE_1B
+from benchmarks.models import SHAPE_1B
 
 CHUNK = 1024
 

@@ -26,31 +26,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnpred
 from attnpred.config import CacheConfig
 from attnpred.evaluation.book import demo_book
 from attnpred.hf import TieredCache, load_model
 from attnpred.hf.sizes import estimate_for
-from attnpred.kernels.dense import AttentionTerms
 from attnpred.policies.base import Policy, View
 from attnpred.policies.predicted import Predicted
 from attnpred.predictor.memory import Memory
 from attnpred.predictor.pretrained import Predictor, shipped
 from benchmarks.environment import environment
+from benchmarks.models import fill, random_model
 
-SHAPE_1B = LlamaConfig(
-    vocab_size=32_000,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    max_position_embeddings=1 << 20,
-    tie_word_embeddings=True,
-)
 LATE_SHARE, HYSTERESIS = 0.05, 0.5
 """Chosen on a training book (docs/LOG.md): a hysteresis of 0.5 halves what has to be moved, and recovers as much."""
 
@@ -99,21 +87,6 @@ def keep_for(churn: float, blocks: int, chosen: int) -> float:
         new = 1 - float((marks[0] & marks[1]).sum()) / (64 * chosen)
         low, high = (keep, high) if new > churn else (low, keep)
     return (low + high) / 2
-
-
-@torch.no_grad()
-def fill(cache: TieredCache, context: int) -> None:
-    """Fill `cache` with random keys and values; the memories see the keys, and rows of random queries."""
-    config: Any = cache.model_config
-    generator = torch.Generator().manual_seed(0)
-    for layer in range(config.num_hidden_layers):
-        shape = (1, config.num_key_value_heads, context, config.head_dim)
-        keys, values = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
-        queries = torch.randn(1, config.num_attention_heads, 64, config.head_dim, generator=generator).bfloat16()
-        cache.update(keys, values, layer)
-        store: Any = cache.layers[layer]
-        terms = AttentionTerms(config.head_dim**-0.5)
-        cache.decoder(layer).observe(queries, store.store, terms, None, prompt=True, keys=keys)
 
 
 def drop_page_cache(cache: TieredCache) -> None:
@@ -194,19 +167,6 @@ def real_decode(context: int, steps: int, folder: Path | None, say: Callable[[st
     return row
 
 
-def random_model(layers: int) -> Any:
-    """Return a model of the 1B shape with random weights, in bf16, with `layers` layers."""
-    torch.manual_seed(0)
-    SHAPE_1B.num_hidden_layers = layers
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(SHAPE_1B)
-    model: Any = empty.to(torch.bfloat16).to_empty(device="cpu").eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    model.model.rotary_emb = type(model.model.rotary_emb)(SHAPE_1B)  # its buffer is not among the parameters
-    return model
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="attnpred bench offload", description=__doc__.partition("\n")[0])
     parser.add_argument("--context", type=int, default=1 << 15)
@@ -232,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     blocks = args.context // 16
     keep = keep_for(churn, blocks, plain.budget_blocks(args.context) - 9)
     general = Predicted(Predictor.from_pretrained(shipped()["general"]))
-    wanted = estimate_for(SHAPE_1B, disk, general, torch.bfloat16, args.context)
+    wanted = estimate_for(model.config, disk, general, torch.bfloat16, args.context)
     say(f"theory: a dense step reads {wanted.full:,} bytes, a sparse one {wanted.full * args.budget:,.0f}, of which "
         f"{churn:.1%} and {LATE_SHARE:.0%} come from the disk")  # fmt: skip
 
@@ -246,9 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = [real]
     with attnpred.attach(model, policy=general, config=plain):
         for name, (policy, settings) in variants.items():
-            caches[name] = TieredCache(SHAPE_1B, policy=policy, settings=settings)
-            caches[name].model_config = model.config
-            fill(caches[name], args.context)
+            caches[name] = TieredCache(model.config, policy=policy, settings=settings)
+            fill([caches[name]], model.config, args.context)
         speeds = bandwidth(caches["disk"])
         say(", ".join(f"{name} {speed:.2f}" for name, speed in speeds.items()))
         times: dict[str, list[float]] = {name: [] for name in variants}

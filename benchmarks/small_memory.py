@@ -19,7 +19,7 @@ import torch
 import attnpred
 from attnpred.config import CacheConfig
 from benchmarks.environment import environment
-from benchmarks.offload import SHAPE_1B, random_model
+from benchmarks.models import SHAPE_1B, random_model
 
 
 def status(name: str) -> int:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from attnpred.config import CacheConfig
+from attnpred.kernels import sparse_decode
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.streamed import StreamedAttention, StreamedRows
-from attnpred.kernels.torch import sparse_decode
 from attnpred.policies.base import Policy, View
 from attnpred.policies.select import Zone, limit_late, select_blocks, zone_at
 from attnpred.predictor.memory import State, inside
@@ -85,10 +85,14 @@ class LayerDecoder:
         self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None, *, remember: bool
     ) -> Tensor:
         """Attend to everything: arguments as in `observe`, which this includes if `remember`. Returns [B, Hq, Q, D]."""
-        attention = StreamedAttention(query, store.length, terms, mask)
+        attention = StreamedAttention(query, store.length, terms, mask, store.piece_tokens)
         rows = self._begin(query, store, terms, mask) if remember else None
-        for piece in store.pieces():
-            attention.add(*piece)
+        whole = store.whole() if query.shape[2] == 1 else None
+        if whole is not None:
+            attention.add(*whole)
+        for piece in store.pieces() if whole is None or rows is not None else ():
+            if whole is None:
+                attention.add(*piece)
             if rows is not None:
                 rows.add(piece.start, piece.keys)
         if remember:

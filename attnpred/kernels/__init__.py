@@ -3,6 +3,7 @@
 `reference` is slow, in fp32, and the definition of correct; every other backend has the same function with the same
 signature and is tested against it. To add a backend: one file here, one line in one of the tables below.
 
+`sparse_decode` and `dense_decode` are chosen for every call (`attnpred.kernels.decoding`).
 `digest_shares`, `weigh`, `remember` and `best` are those in use, `DIGEST` is their backend: chosen once, by whether numba
 is installed.
 """
@@ -15,8 +16,29 @@ from typing import Any
 from torch import Tensor
 
 from attnpred.kernels import digest, reference, stream, torch
+from attnpred.kernels.decoding import dense_decode as dense_decode
+from attnpred.kernels.decoding import dense_decode_numba, dense_decode_torch
+from attnpred.kernels.decoding import sparse_decode as sparse_decode
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": torch}
+
+
+def numba_sparse_decode(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.sparse_decode` in one pass over the blocks, compiled by numba at first use (extra `fast`)."""
+    from attnpred.kernels import numba_decode  # numba is loaded when it is used, not before
+
+    return numba_decode.sparse_decode(*arguments, **named)
+
+
+DECODE_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    "reference": reference.sparse_decode,
+    "torch": torch.sparse_decode,
+    "numba": numba_sparse_decode,
+}
+DENSE_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "torch": dense_decode_torch,
+    "numba": dense_decode_numba,
+}
 
 
 def numba_digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:

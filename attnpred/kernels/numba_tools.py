@@ -6,6 +6,8 @@ elsewhere one thread does all of the work.
 """
 
 import ctypes
+import functools
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,7 @@ def compiled(signature: str, *, to_address: bool = False, nogil: bool = False) -
 
     def apply(function: Function) -> Any:
         before = numba.config.CACHE_DIR  # set by NUMBA_CACHE_DIR; else numba would write next to the source
-        mine = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnpred"
+        mine = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnpred" / "kernels" / _sources()
         numba.config.CACHE_DIR = before or str(mine)
         try:
             return _compile(signature, to_address, nogil)(function)
@@ -33,6 +35,13 @@ def compiled(signature: str, *, to_address: bool = False, nogil: bool = False) -
             numba.config.CACHE_DIR = before
 
     return apply
+
+
+@functools.cache
+def _sources() -> str:
+    """Return a name for what all numba files say: a cached function would not notice that one it calls has changed."""
+    found = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("numba_*.py")))
+    return hashlib.sha256(found).hexdigest()[:16]
 
 
 def _compile(signature: str, to_address: bool, nogil: bool) -> Callable[[Function], Any]:

@@ -3,17 +3,19 @@
 Each piece gives an output and a log-sum-exp, and two pieces are merged by their log-sum-exps (online softmax, Milakov and
 Gimelshein, arXiv 1805.02867). A store hands out its pieces (`attnpred.store`), a prompt is one piece of its own.
 
-`StreamedAttention` is the attention; `StreamedRows` are history rows of the same pass: a block's largest probability is its
-largest logit less the log-sum-exp over all pieces, so it is known once the last piece was seen.
+`StreamedAttention` is the attention (for one query it is numba's kernel, where that is there: its items are the pieces).
+`StreamedRows` are history rows of the same pass: a block's largest probability is its largest logit less the log-sum-exp
+over all pieces, so it is known once the last piece was seen.
 
 Pieces begin on a block, and a piece gives the same bits wherever its keys came from.
 """
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from attnpred.kernels import decoding
 from attnpred.kernels.dense import AttentionTerms, masked_logits, pool_heads
 from attnpred.shapes import num_blocks
 
@@ -42,15 +44,29 @@ class Streamed:
 
 @final
 class StreamedAttention(Streamed):
-    """Feed it every piece with `add`; then `result` is the attention."""
+    """Feed it every piece with `add`; then `result` is the attention.
 
-    def __init__(self, query: Tensor, length: int, terms: AttentionTerms, mask: Tensor | None) -> None:
+    piece: tokens of a piece, in sixteens; what `add` gets may be several of them, if there is one query.
+    """
+
+    def __init__(
+        self, query: Tensor, length: int, terms: AttentionTerms, mask: Tensor | None, piece: int = decoding.PIECE
+    ) -> None:
         super().__init__(query, length, terms, mask)
+        self.piece = piece
         self.output: Tensor | None = None
         self.normaliser = torch.empty(0)
+        self.parts: list[Any] = []  # of numba's kernel, for one query
 
     def add(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Take in the piece that begins with token `start`: keys [B, Hkv, T, D], values [B, Hkv, T, Dv]."""
+        if self.query.shape[2] == 1 and decoding.numba_serves(self.query, keys, values):
+            from attnpred.kernels import numba_decode  # numba is loaded when it is used, not before
+
+            shown = None if self.mask is None else self.mask[:, 0, start : start + keys.shape[2]]
+            one, scale, softcap = self.query[:, :, 0], self.terms.scale, self.terms.softcap
+            self.parts.append(numba_decode.dense_parts(one, keys, values, self.piece, scale, softcap, shown))
+            return
         allowed = self.allowed(start, start + keys.shape[2])
         output, normaliser = _attend(self.query, keys, values, self.terms, allowed)
         if self.output is None:
@@ -64,6 +80,11 @@ class StreamedAttention(Streamed):
 
     def result(self) -> Tensor:
         """Return [B, Hq, Q, Dv] in the dtype of the query."""
+        if self.parts:
+            from attnpred.kernels import numba_decode
+
+            output, _ = numba_decode.merged(self.parts, *self.query.shape[:2], sinks=self.terms.sinks)
+            return output[:, :, None].to(self.query.dtype)
         assert self.output is not None
         if self.terms.sinks is not None:
             extra = self.terms.sinks.float().view(1, -1, 1)

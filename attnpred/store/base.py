@@ -7,6 +7,7 @@ The two verbs of a prefetch: `request` names the blocks of the next step and ret
 of this step are in fast memory, and says in which slots.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from attnpred.store.export import Export
 from attnpred.store.sealed import SealedBlocks
 
 PIECE_TOKENS = 1024
-"""Tokens of a piece that dense attention takes at once, rounded down to whole blocks."""
+"""Tokens of a piece that dense attention takes at once, rounded down (`Store.piece_tokens`)."""
 
 
 class Piece(NamedTuple):
@@ -65,6 +66,10 @@ class Store(ABC):
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """Yield all keys and values in order, `piece_tokens` at a time."""
+
+    def whole(self) -> Piece | None:
+        """Return everything as one piece where all of it lies in fast memory anyway, else None."""
+        return None
 
     @abstractmethod
     def keys_of(self, first: int, last: int) -> Tensor:
@@ -124,5 +129,6 @@ class Store(ABC):
 
     @property
     def piece_tokens(self) -> int:
-        """Tokens of a piece."""
-        return max(1, PIECE_TOKENS // self.block_size) * self.block_size
+        """Tokens of a piece: whole blocks, in sixteens."""
+        step = math.lcm(self.block_size, 16)
+        return max(1, PIECE_TOKENS // step) * step

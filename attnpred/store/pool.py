@@ -104,6 +104,9 @@ class BlockPool(Store):
             stop = min(start + self.piece_tokens, self.length)
             yield Piece(start, self.keys[:, :, start:stop], self.values[:, :, start:stop])
 
+    def whole(self) -> Piece:
+        return Piece(0, *self.view())
+
     def keys_of(self, first: int, last: int) -> Tensor:
         return self.keys[:, :, first * self.block_size : last * self.block_size]
 

@@ -38,10 +38,11 @@ bench: $(READY) ## decode speed against the dense paths
 results: $(READY) ## run the demo for several policies into docs/results/demo.json
 	$(PY) -m tools.demo_results
 
-docs: $(READY) ## rewrite what is generated: docs/cli.md, the tables of README.md and docs/predictor.md
+docs: $(READY) ## rewrite what is generated: docs/cli.md, the tables of README.md and docs/predictor.md, docs/speed.md
 	$(PY) -m tools.docs_cli
 	$(PY) -m tools.readme_table
 	$(PY) -m tools.recovery_tables
+	$(PY) -m tools.speed_tables
 
 lock: $(READY) ## rewrite requirements.lock; UPGRADE=1 moves to the newest versions
 	$(PY) -m pip install --quiet --disable-pip-version-check uv

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import docs_cli, readme_table, recovery_tables
+from tools import docs_cli, readme_table, recovery_tables, speed_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,6 +35,10 @@ def test_readme_table_is_current() -> None:
 
 def test_the_tables_of_the_predictor_page_are_current() -> None:
     assert recovery_tables.main(["--check"]) == 0
+
+
+def test_the_speed_page_is_current() -> None:
+    assert speed_tables.main(["--check"]) == 0
 
 
 def test_pages_have_code() -> None:

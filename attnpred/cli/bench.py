@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-BENCHMARKS = ("decode", "selection", "offload", "memory")
+BENCHMARKS = ("attention", "selection", "decode", "batches", "offload", "memory")
 
 
 def bench(

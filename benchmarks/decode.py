@@ -18,7 +18,8 @@ attention); a dense step also reads keys and values of every token, a sparse one
 any time is taken, all variants have to give the same tokens on a tiny model (`check`), `predicted` with a budget of
 everything, but by its sparse path. Variants take turns in one process: step by step, or, for the demo LM, 32 steps each.
 Figures are medians with quartiles; ratios are medians over rounds of the ratio within the round, for the speed of memory
-drifts. A step of transformers that takes more than 3 s is taken twice. The last line is one JSON object.
+drifts; so the longest context has `predicted` at the shortest beside it, which gives the growth. A step of transformers
+that takes more than 3 s is taken twice. The last line is one JSON object.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from benchmarks.models import DTYPES, SHAPES, fill, random_model, row_bytes
 
 VARIANTS = ("floor", "transformers", "packed", "dense", "predicted", "fits")
 DENSE = ("packed", "dense")
+SHORT = "predicted at the shortest context"
 LAYERS = {"8b": 2}
 """Layers of a shape, if not all: 32 layers of 8B have 14 GB of weights."""
 
@@ -144,6 +146,8 @@ def ratios(times: Times) -> dict[str, Any]:
             found |= {"best_dense": best, "best_dense_over_predicted": ratio(times, best, "predicted")}
         if "transformers" in times:
             found["transformers_over_predicted"] = ratio(times, "transformers", "predicted")
+        if SHORT in times:
+            found["growth"] = ratio(times, "predicted", SHORT)
     if "fits" in times and "packed" in times:
         found["fits_over_packed"] = ratio(times, "fits", "packed")
     return found
@@ -175,12 +179,16 @@ def run_demo(names: tuple[str, ...], args: argparse.Namespace) -> tuple[dict[str
 def run_random(
     model: Any, shape: str, dtype: str, context: int, names: tuple[str, ...], args: argparse.Namespace
 ) -> tuple[dict[str, Any], Times, list[Variant]]:
-    """Run a model with random weights."""
+    """Run a model with random weights; beside the longest context also `predicted` at the shortest (`SHORT`)."""
     steps = args.steps or 1
     capacity = context + args.rounds * steps + 1
     with switchable(model):
         variants = make_variants(model, names, capacity, settings_for(args.budget), args.policies)
         fill([variant.cache for variant in variants], model.config, context, DTYPES[dtype])
+        if "predicted" in names and context == max(args.contexts) > min(args.contexts):
+            short = make_variants(model, ("predicted",), capacity, settings_for(args.budget))[0]
+            fill([short.cache], model.config, min(args.contexts), DTYPES[dtype])
+            variants.append(short._replace(name=SHORT))
         tokens = torch.randint(0, model.config.vocab_size, (1, args.rounds * steps + 1))
         times = take_turns(variants, tokens, args.rounds, steps, lambda *given: step(model, *given)[0])
     layers = model.config.num_hidden_layers
@@ -192,7 +200,7 @@ def report(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Print the figures of one context; return its rows and ratios."""
     rows = []
-    for variant in variants:
+    for variant in (one for one in variants if one.name != SHORT):
         row = about | {"variant": variant.name, "budget": budget} | summary(times)[variant.name]
         if isinstance(variant.cache, TieredCache):
             row["tokens_attended"] = variant.cache.stats()["total"]["tokens_attended"]
@@ -204,8 +212,12 @@ def report(
     return rows, {key: about[key] for key in ("shape", "dtype", "context")} | found
 
 
-def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return how much longer a step takes at the longest context than at the shortest, for each variant."""
+def growth(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how much longer a step takes at the longest context than at the shortest, for each variant.
+
+    Of `predicted` both were measured in the same rounds (`paired`); others are of two runs, and memory may have drifted.
+    """
+    paired = {(one["shape"], one["dtype"]): one["growth"] for one in compared if "growth" in one}
     found = []
     for key in dict.fromkeys((row["shape"], row["dtype"], row["variant"]) for row in rows):
         own = {
@@ -213,8 +225,10 @@ def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         if len(own) > 1:
             shape, dtype, variant = key
-            found.append({"shape": shape, "dtype": dtype, "variant": variant, "contexts": [min(own), max(own)]}
-                         | {"growth": round(own[max(own)] / own[min(own)], 3)})  # fmt: skip
+            entry = {"shape": shape, "dtype": dtype, "variant": variant, "contexts": [min(own), max(own)]}
+            is_paired = variant == "predicted" and key[:2] in paired
+            value = paired[key[:2]] if is_paired else round(own[max(own)] / own[min(own)], 3)
+            found.append(entry | {"growth": value, "paired": is_paired})
     return found
 
 
@@ -262,7 +276,13 @@ def main(arguments: list[str] | None = None) -> None:
                     print(f"left out {context:,} tokens: the caches take {needed / 2**30:.1f} GiB", file=sys.stderr)
                     continue
                 take(*run_random(model, shape, dtype, context, names, args))
-    found = {"rows": rows, "ratios": compared, "growth": growth(rows), "budget": args.budget, "check_logits": error}
+    found = {
+        "rows": rows,
+        "ratios": compared,
+        "growth": growth(rows, compared),
+        "budget": args.budget,
+        "check_logits": error,
+    }
     for entry in found["growth"]:
         say(
             f"{entry['shape']} {entry['variant']:<13} {entry['growth']:.2f} times as long at {entry['contexts'][1]:,} tokens"

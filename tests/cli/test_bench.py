@@ -83,6 +83,7 @@ def test_decode_prints_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert (last["shape"], last["context"]) == ("tiny", 512) and names <= set(last)
     growth = {row["variant"]: row for row in found["growth"] if row["shape"] == "tiny"}
     assert growth["predicted"]["contexts"] == [256, 512]
+    assert growth["predicted"]["paired"] and growth["predicted"]["growth"] == last["growth"]
 
 
 def test_decode_takes_no_times_of_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

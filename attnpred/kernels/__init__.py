@@ -4,7 +4,7 @@
 signature and is tested against it. To add a backend: one file here, one line in one of the tables below.
 
 `sparse_decode` and `dense_decode` are chosen for every call (`attnpred.kernels.decoding`).
-`digest_shares`, `weigh`, `remember` and `best` are those in use, `DIGEST` is their backend: chosen once, by whether numba
+`digest_shares`, `weigh`, `remember` and `choose` are those in use, `DIGEST` is their backend: chosen once, by whether numba
 is installed.
 """
 
@@ -67,9 +67,9 @@ DIGEST_BACKENDS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 DIGEST = "numba" if find_spec("numba") else "torch"
 digest_shares = DIGEST_BACKENDS[DIGEST]
 
-STREAM = ("weigh", "remember", "best")
+STREAM = ("weigh", "remember", "choose")
 STREAM_BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     "torch": {name: getattr(stream, name) for name in STREAM},
     "numba": {name: _numba_stream(name) for name in STREAM},
 }
-weigh, remember, best = (STREAM_BACKENDS[DIGEST][name] for name in STREAM)
+weigh, remember, choose = (STREAM_BACKENDS[DIGEST][name] for name in STREAM)

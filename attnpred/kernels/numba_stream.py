@@ -1,64 +1,159 @@
-"""`weigh` and `remember` of `attnpred.kernels.stream`, one pass each, by numba."""
+"""What `attnpred.kernels.stream` does with all blocks at every step, by numba: one pass for each head, heads on threads.
+
+The functions get addresses and sizes, in `fields`: at a few microseconds of work, handing over an array costs as much.
+"""
 
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from attnpred.kernels import stream
 from attnpred.kernels.digest import FLOOR
-from attnpred.kernels.numba_tools import compiled
+from attnpred.kernels.numba_tools import compiled, pointer, share_out, take, threads
 
 _FLOOR = np.float32(FLOOR)
+_FIELDS = 16
 
 
-@compiled("void(float32[:, ::1], float32[:, :, ::1], float32[:, :], float32[::1], int64, float32[:, ::1])")
-def _weigh(estimate: Any, peaks: Any, weights: Any, distance: Any, first: int, out: Any) -> None:
-    last = first + out.shape[1]
-    for head in range(out.shape[0]):
-        own, row, given = weights[head % weights.shape[0]], out[head], estimate[head, first:last]
-        a, z = own[0], own[own.size - 1]
-        for i in range(row.size):
-            row[i] = a * given[i] + z * distance[i]
-        for t in range(peaks.shape[1]):
-            b, past = own[1 + t], peaks[head, t, first:last]
-            for i in range(row.size):
-                row[i] += b * past[i]
+@compiled("void(CPointer(int64))", to_address=True)
+def _weigh_heads(data: Any) -> None:
+    """Fields: taken, rows, first, last, blocks, known, capacity, rates, heads of weights; addresses as in `weigh`."""
+    f = numba.carray(data, _FIELDS)
+    first, last, blocks, known, capacity, rates, own_weights = f[2], f[3], f[4], f[5], f[6], f[7], f[8]
+    while True:
+        head = take(f.ctypes.data)
+        if head >= f[1]:
+            break
+        given = numba.carray(pointer(f[9] + head * known * 4), known, np.float32)
+        peaks = numba.carray(pointer(f[10] + head * rates * capacity * 4), (rates, capacity), np.float32)
+        weights = numba.carray(pointer(f[11] + head % own_weights * (2 + rates) * 4), 2 + rates, np.float32)
+        distance = numba.carray(pointer(f[12]), last - first, np.float32)
+        out = numba.carray(pointer(f[13] + head * blocks * 4), blocks, np.float32)
+        out[:first] = 0
+        out[last:] = 0
+        a, z = weights[0], weights[1 + rates]
+        for i in range(last - first):
+            out[first + i] = a * given[first + i] + z * distance[i]
+        for t in range(rates):
+            b = weights[1 + t]
+            for i in range(first, last):
+                out[i] += b * peaks[t, i]
 
 
-@compiled("void(float32[:, :, ::1], float32[::1], int64, float32[:, ::1], int64[:, ::1], float32[:, ::1])")
-def _remember(peaks: Any, rates: Any, blocks: int, estimate: Any, selection: Any, maxima: Any) -> None:
-    known = estimate.shape[1]
-    for head in range(peaks.shape[0]):
-        attended = np.empty(selection.shape[1], np.float32)
-        for i in range(attended.size):
-            attended[i] = max(_FLOOR, np.log(max(maxima[head, i], np.float32(1e-30))))
-        for t in range(rates.size):
-            rate = rates[t]
-            raised = np.empty(attended.size, np.float32)
-            for i in range(attended.size):
-                raised[i] = max(attended[i], peaks[head, t, max(0, selection[head, i])] - rate)
+@compiled("void(CPointer(int64))", to_address=True)
+def _remember_heads(data: Any) -> None:
+    """Fields: taken, rows, blocks, known, capacity, rates, chosen; addresses as in `remember`."""
+    f = numba.carray(data, _FIELDS)
+    blocks, known, capacity, count, chosen = f[2], f[3], f[4], f[5], f[6]
+    rates = numba.carray(pointer(f[8]), count, np.float32)
+    attended, raised = np.empty(chosen, np.float32), np.empty(chosen, np.float32)
+    while True:
+        head = take(f.ctypes.data)
+        if head >= f[1]:
+            break
+        all_peaks = numba.carray(pointer(f[7] + head * count * capacity * 4), (count, capacity), np.float32)
+        estimate = numba.carray(pointer(f[9] + head * known * 4), known, np.float32)
+        selection = numba.carray(pointer(f[10] + head * chosen * 8), chosen, np.int64)
+        maxima = numba.carray(pointer(f[11] + head * chosen * 4), chosen, np.float32)
+        for i in range(chosen):
+            attended[i] = max(_FLOOR, np.log(max(maxima[i], np.float32(1e-30))))
+        for t in range(count):
+            peaks, rate = all_peaks[t], rates[t]
+            for i in range(chosen):
+                raised[i] = max(attended[i], peaks[max(0, selection[i])] - rate)
             for i in range(known):
-                peaks[head, t, i] = max(peaks[head, t, i] - rate, estimate[head, i])
+                peaks[i] = max(peaks[i] - rate, estimate[i])
             for i in range(known, blocks):
-                peaks[head, t, i] -= rate
-            for i in range(attended.size):
-                peaks[head, t, max(0, selection[head, i])] = raised[i]
+                peaks[i] -= rate
+            for i in range(chosen):
+                peaks[max(0, selection[i])] = raised[i]
 
 
-def _flat(tensor: Tensor) -> Any:
-    """Return `tensor` [B, Hs, ...] as an array [B * Hs, ...] in one piece."""
-    return tensor.flatten(0, 1).contiguous().numpy()
+@numba.njit
+def _threshold(keys: Any, count: int) -> int:
+    """Return a number below which none of the `count` largest keys lies, and above which fewer than `count` do, or all."""
+    # Counting what is above a number is a few instructions for 16 of them, so bisection beats moving them about.
+    low, high = np.int32(2**31 - 1), np.int32(-(2**31))
+    for i in range(keys.size):
+        low, high = min(low, keys[i]), max(high, keys[i])
+    least, most = int(low), int(high) + 1  # at least `count` are not below least, fewer are not below most
+    while most - least > 1:
+        middle, found = (least + most) // 2, np.int32(0)
+        for i in range(keys.size):
+            found = np.int32(found + (keys[i] >= np.int32(middle)))
+        if found < count:
+            most = middle
+        else:
+            least = middle
+            if found == count:
+                break
+    return least
 
 
-def weigh(estimate: Tensor, peaks: Tensor, weights: Tensor, distance: Tensor, first: int, last: int) -> Tensor:
-    """Same as `stream.weigh`."""
+@compiled("void(CPointer(int64))", to_address=True)
+def _choose_heads(data: Any) -> None:
+    """Fields: taken, rows, sinks, first_recent, blocks, free, stride of a row of scores; addresses as in `choose`."""
+    f = numba.carray(data, _FIELDS)
+    sinks, first_recent, blocks, free, stride = f[2], f[3], f[4], f[5], f[6]
+    keys = np.empty(first_recent - sinks, np.int32)
+    while True:
+        head = take(f.ctypes.data)
+        if head >= f[1]:
+            break
+        scores = numba.carray(pointer(f[7] + (head * stride + sinks) * 4), keys.size, np.int32)
+        size = sinks + free + blocks - first_recent
+        out = numba.carray(pointer(f[8] + head * size * 8), size, np.int64)
+        for i in range(keys.size):  # integers in the order of the numbers
+            keys[i] = scores[i] ^ ((scores[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        for i in range(sinks):
+            out[i] = i
+        for i in range(first_recent, blocks):
+            out[sinks + free + i - first_recent] = i
+        if free == 0:
+            continue
+        least, kept = _threshold(keys, free), 0
+        for i in range(keys.size):
+            if keys[i] > least:
+                out[sinks + kept] = sinks + i
+                kept += 1
+        for i in range(keys.size):
+            if kept == free:
+                break
+            if keys[i] == least:
+                out[sinks + kept] = sinks + i
+                kept += 1
+
+
+@compiled("void(int64, int64, int64, int64[::1])")
+def _run(parallel: int, count: int, work: int, fields: Any) -> None:
+    share_out(parallel, count, work, fields.ctypes.data)
+
+
+def _shared_out(work: Any, *fields: int) -> None:
+    """Have the threads do `work` for all heads; the first two fields are 0 and how many there are."""
+    told = np.zeros(_FIELDS, np.int64)
+    told[: len(fields)] = fields
+    _run(*threads(), work.address, told)
+
+
+def weigh(
+    estimate: Tensor, peaks: Tensor, weights: Tensor, distance: Tensor, first: int, last: int, blocks: int
+) -> Tensor:
+    """Same as `stream.weigh`; `peaks` is in one piece."""
     if peaks.device.type != "cpu":
-        return stream.weigh(estimate, peaks, weights, distance, first, last)
-    assert 0 <= first <= last <= min(estimate.shape[2], peaks.shape[3])  # nothing below looks at it again
-    out = torch.empty(*estimate.shape[:2], last - first)
-    _weigh(_flat(estimate), _flat(peaks), weights.numpy(), distance.numpy(), first, out.flatten(0, 1).numpy())
+        return stream.weigh(estimate, peaks, weights, distance, first, last, blocks)
+    known, capacity = estimate.shape[2], peaks.shape[3]
+    assert 0 <= first <= last <= min(known, capacity, blocks)  # nothing below looks at it again
+    assert peaks.is_contiguous() and distance.numel() == last - first
+    given, own, far = estimate.contiguous(), weights.contiguous(), distance.contiguous()
+    out = torch.empty(*estimate.shape[:2], blocks)
+    _shared_out(
+        _weigh_heads, 0, out.shape[0] * out.shape[1], first, last, blocks, known, capacity, peaks.shape[2],
+        own.shape[0], given.data_ptr(), peaks.data_ptr(), own.data_ptr(), far.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
     return out
 
 
@@ -66,53 +161,24 @@ def remember(peaks: Tensor, rates: Tensor, blocks: int, estimate: Tensor, select
     """Same as `stream.remember`; `peaks` is in one piece."""
     if peaks.device.type != "cpu":
         return stream.remember(peaks, rates, blocks, estimate, selection, maxima)
-    assert max(blocks, estimate.shape[2]) <= peaks.shape[3] and peaks.is_contiguous()
-    table = peaks.flatten(0, 1).numpy()
-    _remember(table, rates.numpy(), blocks, _flat(estimate), _flat(selection), _flat(maxima.float()))
+    known, capacity, chosen = estimate.shape[2], peaks.shape[3], selection.shape[2]
+    assert max(blocks, known) <= capacity and peaks.is_contiguous()
+    given, ids, found = estimate.contiguous(), selection.contiguous(), maxima.float().contiguous()
+    _shared_out(
+        _remember_heads, 0, peaks.shape[0] * peaks.shape[1], blocks, known, capacity, peaks.shape[2], chosen,
+        peaks.data_ptr(), rates.data_ptr(), given.data_ptr(), ids.data_ptr(), found.data_ptr(),
+    )  # fmt: skip
 
 
-@compiled("void(float32[:, :, :], int64[:, :, ::1])")
-def _best(scores: Any, out: Any) -> None:
-    """Bisect for the threshold, because counting what is above one is a few instructions for 16 numbers."""
-    count = out.shape[2]
-    values = np.empty(scores.shape[2], np.float32)
-    keys = values.view(np.int32)
-    for batch in range(out.shape[0]):
-        for head in range(out.shape[1]):
-            row, places = scores[batch, head], out[batch, head]
-            for i in range(row.size):
-                values[i] = row[i]
-            for i in range(row.size):  # integers in the order of the numbers
-                keys[i] ^= (keys[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)
-            low, high = -(2**31), 2**31  # at least `count` are not below low, fewer are not below high
-            while high - low > 1:
-                middle, found = (low + high) // 2, np.int32(0)
-                for i in range(row.size):
-                    found = np.int32(found + (keys[i] >= np.int32(middle)))
-                if found < count:
-                    high = middle
-                else:
-                    low = middle
-                    if found == count:
-                        break
-            kept = 0
-            for i in range(row.size):
-                if keys[i] > low:
-                    places[kept] = i
-                    kept += 1
-            for i in range(row.size):
-                if kept == count:
-                    break
-                if keys[i] == low:
-                    places[kept] = i
-                    kept += 1
-
-
-def best(scores: Tensor, count: int) -> Tensor:
-    """Same as `stream.best`."""
-    if scores.device.type != "cpu" or scores.dtype != torch.float32:
-        return stream.best(scores, count)
-    out = torch.empty(*scores.shape[:2], count, dtype=torch.int64)
-    if count:
-        _best(scores.detach().numpy(), out.numpy())
+def choose(scores: Tensor, sinks: int, first_recent: int, blocks: int, free: int) -> Tensor:
+    """Same as `stream.choose`."""
+    rows = scores.stride(0) == scores.stride(1) * scores.shape[1] or scores.shape[0] == 1
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.stride(2) != 1 or not rows:
+        return stream.choose(scores, sinks, first_recent, blocks, free)
+    assert 0 <= sinks <= first_recent <= scores.shape[2] and 0 <= free <= first_recent - sinks
+    out = torch.empty(*scores.shape[:2], sinks + free + blocks - first_recent, dtype=torch.int64)
+    _shared_out(
+        _choose_heads, 0, out.shape[0] * out.shape[1], sinks, first_recent, blocks, free, scores.stride(1),
+        scores.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""What a streaming memory does with all blocks at every step: weigh them, and remember what was attended. In torch.
+"""What a streaming memory does with all blocks at every step: weigh, choose, and remember what was attended.
 
 `attnpred.kernels.numba_stream` has the same functions in one pass each; they are bound by memory and by the number of calls.
 """
@@ -9,15 +9,19 @@ from torch import Tensor
 from attnpred.kernels.digest import FLOOR
 
 
-def weigh(estimate: Tensor, peaks: Tensor, weights: Tensor, distance: Tensor, first: int, last: int) -> Tensor:
-    """Return [B, Hs, last - first], sums weighted with weights [Hs or 1, 2 + T] of blocks `first` to `last`.
+def weigh(
+    estimate: Tensor, peaks: Tensor, weights: Tensor, distance: Tensor, first: int, last: int, blocks: int
+) -> Tensor:
+    """Return [B, Hs, blocks]: sums weighted with weights [Hs or 1, 2 + T] of blocks `first` to `last`, others zero.
 
     estimate [B, Hs, N]; peaks [B, Hs, T, capacity]; distance [last - first], the same for all heads.
     """
-    score = estimate[..., first:last] * weights[:, :1]
+    score = torch.nn.functional.pad(estimate[..., first:last] * weights[:, :1], (first, blocks - last))
+    inner = score[..., first:last]
     for i in range(peaks.shape[2]):
-        score.addcmul_(peaks[:, :, i, first:last], weights[:, 1 + i : 2 + i])
-    return score.addcmul_(distance, weights[:, -1:])
+        inner.addcmul_(peaks[:, :, i, first:last], weights[:, 1 + i : 2 + i])
+    inner.addcmul_(distance, weights[:, -1:])
+    return score
 
 
 def remember(peaks: Tensor, rates: Tensor, blocks: int, estimate: Tensor, selection: Tensor, maxima: Tensor) -> None:
@@ -36,6 +40,11 @@ def remember(peaks: Tensor, rates: Tensor, blocks: int, estimate: Tensor, select
     used.scatter_(3, places, attended)
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Return the places [B, Hs, count] of the largest of scores [B, Hs, N], in any order."""
-    return scores.topk(count, -1, sorted=False).indices
+def choose(scores: Tensor, sinks: int, first_recent: int, blocks: int, free: int) -> Tensor:
+    """Return ids [B, Hs, K] of the first `sinks` blocks, the `free` best of [sinks, first_recent), and the rest.
+
+    scores [B, Hs, first_recent or more]; in the middle the order is any.
+    """
+    best = scores[..., sinks:first_recent].topk(free, -1, sorted=False).indices + sinks
+    kept = torch.arange(blocks, device=scores.device).expand(*scores.shape[:2], -1)
+    return torch.cat((kept[..., :sinks], best, kept[..., first_recent:]), -1)

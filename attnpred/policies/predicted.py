@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnpred.config import CacheConfig
-from attnpred.policies.base import Policy, View, placed
+from attnpred.policies.base import Policy, View
 from attnpred.predictor.pretrained import Predictor
 from attnpred.predictor.streaming import Stream
 
@@ -36,4 +36,4 @@ class Predicted(Policy[Stream]):
         weights = weights.to(estimate.device)
         if weights.shape[0] not in (1, estimate.shape[1]):  # one selection per query head
             weights = weights.repeat_interleave(estimate.shape[1] // weights.shape[0], 0)
-        return placed(view.memory.score(weights, zone.sinks, zone.first_recent), zone)
+        return view.memory.score(weights, zone.sinks, zone.first_recent, zone.blocks)

@@ -52,18 +52,16 @@ def select_blocks(scores: Tensor, zone: Zone, first_block: Tensor | None = None)
 
     scores [B, Hs, N]; first_block [B] is the block in which each row begins (left padding), whose sinks lie there.
     """
+    if first_block is None:
+        return kernels.choose(scores, zone.sinks, zone.first_recent, zone.blocks, zone.free)
     batch, heads, _ = scores.shape
     recent = torch.arange(zone.first_recent, zone.blocks, device=scores.device).expand(batch, heads, -1)
-    sinks = torch.arange(zone.sinks, device=scores.device).expand(batch, heads, -1)
-    candidates = scores[..., zone.sinks : zone.first_recent]
-    if first_block is None:
-        return torch.cat((sinks, kernels.best(candidates, zone.free) + zone.sinks, recent), -1)
-    sinks = sinks + first_block[:, None, None]
+    sinks = (torch.arange(zone.sinks, device=scores.device) + first_block[:, None, None]).expand(batch, heads, -1)
     sinks = sinks.masked_fill(sinks >= zone.first_recent, -1)
+    candidates = scores[..., zone.sinks : zone.first_recent]
     early = torch.arange(zone.sinks, zone.first_recent, device=scores.device) < first_block[:, None] + zone.sinks
-    candidates = candidates.masked_fill(early[:, None], -torch.inf)
-    best = kernels.best(candidates, zone.free)
-    chosen = (best + zone.sinks).masked_fill(candidates.gather(-1, best) == -torch.inf, -1)
+    best = candidates.masked_fill(early[:, None], -torch.inf).topk(zone.free, -1, sorted=False)
+    chosen = (best.indices + zone.sinks).masked_fill(best.values == -torch.inf, -1)
     return torch.cat((sinks, chosen, recent), -1)
 
 

@@ -71,6 +71,7 @@ class Digest(Memory):
         self.codes: list[tuple[list[int], int, Columns]] = []  # heads, vectors per block, their codes
         self.places: list[Tensor] = []  # the same heads, as `look` needs them
         self.estimate = torch.empty(0)
+        self.projections: tuple[float, Tensor] | None = None  # for which scale, and what
 
     def state(self) -> State:
         """As of any memory, and the map where it was measured; one that was given comes with the memory."""
@@ -110,6 +111,7 @@ class Digest(Memory):
     def _lay_out(self, found: DigestMap, device: torch.device) -> DigestMap:
         """Make the tables of codes that the map asks for, and return the map as it is used on `device`."""
         self.map = found = found.each(lambda tensor: tensor.to(device))
+        self.projections = None
         for vectors in sorted(set(found.vectors)):
             heads = [head for head, own in enumerate(found.vectors) if own == vectors]
             codes = Columns(after=(vectors * found.keys.shape[3] // 2,), dtype=torch.int8)
@@ -142,12 +144,14 @@ class Digest(Memory):
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
+        self.projections = None
         if self.map is not None and self.given is None:
             self.map = self.map.each(lambda tensor: tensor[rows.to(tensor.device)])
         self.estimate = self.estimate[rows.to(self.estimate.device)] if self.estimate.numel() else self.estimate
 
     def repeat(self, times: int) -> None:
         super().repeat(times)
+        self.projections = None
         if self.map is not None and self.given is None:
             self.map = self.map.each(lambda tensor: tensor.repeat_interleave(times, 0))
         self.estimate = self.estimate.repeat_interleave(times, 0) if self.estimate.numel() else self.estimate
@@ -159,6 +163,13 @@ class Digest(Memory):
         """
         self.estimate = self.shares(query, scale, selecting, self._sealed)
 
+    def _projection(self, scale: float) -> Tensor:
+        """Return [B or 1, Hkv, D, r], what a query is multiplied with; made once for a model's scale."""
+        assert self.map is not None
+        if self.projections is None or self.projections[0] != scale:
+            self.projections = scale, self.map.queries * (self.units * scale)
+        return self.projections[1]
+
     def shares(self, query: Tensor, scale: float, selecting: int, blocks: int) -> Tensor:
         """Return `estimate` for `query` [B, Hq, D] and the first `blocks` blocks, without keeping it."""
         if blocks == 0:
@@ -167,7 +178,11 @@ class Digest(Memory):
         batch, kv_heads = query.shape[0], self.map.keys.shape[1]
         own_selections = selecting // kv_heads  # 1, or G where each query head selects for itself
         grouped = query.float().view(batch, kv_heads, query.shape[1] // kv_heads, -1)
-        projected = (grouped * (self.units * scale)) @ self.map.queries
+        projected = grouped @ self._projection(scale)
+        if own_selections == 1 and len(self.codes) == 1:  # all heads are stored alike
+            _, vectors, codes = self.codes[0]
+            stored = codes.data.view(batch * kv_heads, -1, codes.data.shape[3] // vectors)[:, : blocks * vectors]
+            return kernels.digest_shares(projected.flatten(0, 1), stored, vectors).view(batch, kv_heads, blocks)
         out = torch.empty(batch, kv_heads, own_selections, blocks, device=query.device)
         for (_, vectors, codes), place in zip(self.codes, self.places, strict=True):
             rows, capacity, size = batch * place.numel(), *codes.data.shape[2:]

@@ -76,7 +76,7 @@ def replay(
         chosen[..., : edges.sinks] = chosen[..., first_recent:seen] = True
         if first_recent - edges.sinks > 0:
             yield Step(stream.features(edges.sinks, first_recent), truth.mass[:, step, edges.sinks : first_recent])
-            scores = stream.score(weights, edges.sinks, first_recent)
+            scores = stream.score(weights, edges.sinks, first_recent, first_recent)[..., edges.sinks :]
             for i, budget in enumerate(budgets):
                 free = int(budget * length) // edges.block_size - edges.sinks - edges.recent - 1
                 best = scores[i].topk(min(max(1, free), scores.shape[-1]), -1).indices

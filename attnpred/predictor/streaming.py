@@ -96,12 +96,12 @@ class Stream(Memory):
             self.distances = torch.arange(size, 0, -1, device=self.peaks.data.device, dtype=torch.float32).log2_()
         return self.distances[self.distances.numel() - blocks :]
 
-    def score(self, weights: Tensor, first: int, last: int) -> Tensor:
-        """Return [B, Hs, last - first] for blocks `first` to `last`, all of them sealed; weights [Hs or 1, FEATURES]."""
+    def score(self, weights: Tensor, first: int, last: int, blocks: int) -> Tensor:
+        """Return [B, Hs, blocks]: scores of blocks `first` to `last`, all of them sealed; weights [Hs or 1, FEATURES]."""
         if first == last:  # there may be fewer sealed blocks than sinks
-            return self.peaks.data.new_empty(*self.digest.estimate.shape[:2], 0)
+            return self.peaks.data.new_zeros(*self.digest.estimate.shape[:2], blocks)
         distance = self._distance(last - first)
-        return kernels.weigh(self.digest.estimate, self.peaks.data, weights, distance, first, last)
+        return kernels.weigh(self.digest.estimate, self.peaks.data, weights, distance, first, last, blocks)
 
 
 @final

@@ -67,7 +67,7 @@ def said(memory: Memory, blocks: int) -> list[Tensor]:
     if isinstance(memory, IncrementalCNN):
         found.append(memory.scores(2, blocks - 1))
     if isinstance(memory, Stream):
-        found.append(memory.score(torch.ones(1, 4), 2, blocks))
+        found.append(memory.score(torch.ones(1, 4), 2, blocks, blocks))
     return found
 
 

@@ -75,7 +75,7 @@ def test_the_score_weighs_the_features() -> None:
     stream.push(torch.rand(1, HEADS, 3, 12))
     weights = torch.randn(HEADS, FEATURES)
     want = (stream.features(2, 9) * weights[:, None]).sum(-1)
-    torch.testing.assert_close(stream.score(weights, 2, 9), want)
+    torch.testing.assert_close(stream.score(weights, 2, 9, 10)[..., 2:9], want)
     assert stream.features(2, 9)[0, 0, :, -1].tolist() == [pytest.approx(math.log2(9 - n)) for n in range(2, 9)]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from attnpred.shapes import expect, num_blocks
 from attnpred.store.base import Piece, Resident, Store
 from attnpred.store.export import Export, exact_export
+from attnpred.store.pages import ask_for_huge_pages
 from attnpred.store.sealed import SealedBlocks
 from attnpred.telemetry import LayerCounts
 
@@ -92,6 +93,7 @@ class BlockPool(Store):
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
         batch, heads, _, dim = old.shape
         new = old.new_zeros(batch, heads, capacity, dim)
+        ask_for_huge_pages(new)
         new[:, :, : self.length] = old[:, :, : self.length]
         return new
 

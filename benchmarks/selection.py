@@ -32,7 +32,6 @@ from attnpred import kernels
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.kernels.dense import AttentionTerms
-from attnpred.kernels.torch import sparse_decode
 from attnpred.policies import Ema, Predicted, Quest
 from attnpred.policies.base import Policy, View
 from attnpred.policies.paper_cnn import PaperForecast
@@ -103,7 +102,7 @@ class Layer:
         """Attend to random blocks."""
         selection = torch.rand(1, KV_HEADS, self.zone.blocks).topk(BUDGET // BLOCK, -1).indices
         began = time.perf_counter()
-        sparse_decode(
+        kernels.sparse_decode(
             query.bfloat16(), self.pool.keys, self.pool.values, selection, self.pool.length,
             block_size=BLOCK, scale=DIM**-0.5,
         )  # fmt: skip

@@ -29,6 +29,8 @@ from attnpred.kernels.digest import SMALLEST, STEP, digest_shares_reference
 from attnpred.kernels.numba_tools import compiled, pointer, share_out, take, threads
 
 VECTORS = 1024
+_PAYS = 1 << 16
+"""Bytes of codes from which on it pays to have several threads."""
 _LOG2E = 1.4426950408889634
 _BYTE, _WORD, _INT = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _BYTES = ir.VectorType(_BYTE, 64)
@@ -355,5 +357,5 @@ def digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
         rows, queries = codes.flatten(1), query.float().contiguous()
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         work = _sum_items.address, _add_items.address
-        _shares(*threads(), *work, rows.numpy(), queries.numpy(), vectors, out.numpy())
+        _shares(*threads(rows.numel() >= _PAYS), *work, rows.numpy(), queries.numpy(), vectors, out.numpy())
     return out

@@ -16,6 +16,8 @@ from attnpred.kernels.numba_tools import compiled, pointer, share_out, take, thr
 
 _FLOOR = np.float32(FLOOR)
 _FIELDS = 16
+_PAYS = 1 << 15
+"""Numbers, of all heads, from which on it pays to have several threads: about 20 microseconds of work."""
 
 
 @compiled("void(CPointer(int64))", to_address=True)
@@ -132,11 +134,11 @@ def _run(parallel: int, count: int, work: int, fields: Any) -> None:
     share_out(parallel, count, work, fields.ctypes.data)
 
 
-def _shared_out(work: Any, *fields: int) -> None:
-    """Have the threads do `work` for all heads; the first two fields are 0 and how many there are."""
+def _shared_out(work: Any, numbers: int, *fields: int) -> None:
+    """Do `work` for all heads, of so many numbers together; the first two fields are 0 and how many heads there are."""
     told = np.zeros(_FIELDS, np.int64)
     told[: len(fields)] = fields
-    _run(*threads(), work.address, told)
+    _run(*threads(numbers >= _PAYS), work.address, told)
 
 
 def weigh(
@@ -151,7 +153,7 @@ def weigh(
     given, own, far = estimate.contiguous(), weights.contiguous(), distance.contiguous()
     out = torch.empty(*estimate.shape[:2], blocks)
     _shared_out(
-        _weigh_heads, 0, out.shape[0] * out.shape[1], first, last, blocks, known, capacity, peaks.shape[2],
+        _weigh_heads, out.numel(), 0, out.shape[0] * out.shape[1], first, last, blocks, known, capacity, peaks.shape[2],
         own.shape[0], given.data_ptr(), peaks.data_ptr(), own.data_ptr(), far.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
@@ -165,7 +167,7 @@ def remember(peaks: Tensor, rates: Tensor, blocks: int, estimate: Tensor, select
     assert max(blocks, known) <= capacity and peaks.is_contiguous()
     given, ids, found = estimate.contiguous(), selection.contiguous(), maxima.float().contiguous()
     _shared_out(
-        _remember_heads, 0, peaks.shape[0] * peaks.shape[1], blocks, known, capacity, peaks.shape[2], chosen,
+        _remember_heads, given.numel(), 0, peaks.shape[0] * peaks.shape[1], blocks, known, capacity, peaks.shape[2], chosen,
         peaks.data_ptr(), rates.data_ptr(), given.data_ptr(), ids.data_ptr(), found.data_ptr(),
     )  # fmt: skip
 
@@ -178,7 +180,7 @@ def choose(scores: Tensor, sinks: int, first_recent: int, blocks: int, free: int
     assert 0 <= sinks <= first_recent <= scores.shape[2] and 0 <= free <= first_recent - sinks
     out = torch.empty(*scores.shape[:2], sinks + free + blocks - first_recent, dtype=torch.int64)
     _shared_out(
-        _choose_heads, 0, out.shape[0] * out.shape[1], sinks, first_recent, blocks, free, scores.stride(1),
+        _choose_heads, 2 * scores.numel(), 0, out.shape[0] * out.shape[1], sinks, first_recent, blocks, free, scores.stride(1),
         scores.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out

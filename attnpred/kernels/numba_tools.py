@@ -50,9 +50,13 @@ def _compile(signature: str, to_address: bool, nogil: bool) -> Callable[[Functio
     return numba.njit(signature, cache=True, nogil=nogil)
 
 
-def threads() -> tuple[int, int]:
-    """Return what `share_out` needs to know: the address of GOMP_parallel, 0 for none, and how many threads torch has."""
-    return _PARALLEL, torch.get_num_threads()
+def threads(pays: bool = True) -> tuple[int, int]:
+    """Return what `share_out` needs to know: the address of GOMP_parallel, 0 for none, and how many threads to use.
+
+    That is as many as torch has, or one where more would not pay: to wake and to wait for others takes several
+    microseconds, and far longer on a busy machine, where one that waits may hold the core that the other needs.
+    """
+    return _PARALLEL, torch.get_num_threads() if pays else 1
 
 
 try:

@@ -83,7 +83,8 @@ class StreamedAttention(Streamed):
         if self.parts:
             from attnpred.kernels import numba_decode
 
-            output, _ = numba_decode.merged(self.parts, *self.query.shape[:2], sinks=self.terms.sinks)
+            batch, heads = self.query.shape[0], self.query.shape[1]
+            output, _ = numba_decode.merged(self.parts, batch, heads, self.terms.sinks)
             return output[:, :, None].to(self.query.dtype)
         assert self.output is not None
         if self.terms.sinks is not None:

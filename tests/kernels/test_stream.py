@@ -75,7 +75,10 @@ def test_choose_takes_scores_that_are_the_same_for_all_rows() -> None:
     assert torch.equal(got, want)
 
 
-def test_same_result_for_any_number_of_threads() -> None:
+def test_same_result_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnpred.kernels import numba_stream
+
+    monkeypatch.setattr(numba_stream, "_PAYS", 0)
     estimate, peaks = memory(1, 5, 700, 5, 0)
     arguments = estimate, peaks, torch.randn(5, 4), torch.rand(690), 4, 694, 700
     before, found = torch.get_num_threads(), []

@@ -51,7 +51,7 @@ PARTS = (
     Part("attnpred.kernels", "digest_shares", "look: scoring of the digests"),
     Part("attnpred.decode", "LayerDecoder._select", "select: bookkeeping"),
     Part("attnpred.kernels", "weigh", "select: weighing of the features"),
-    Part("attnpred.kernels", "best", "select: the best blocks"),
+    Part("attnpred.kernels", "choose", "select: the best blocks"),
     Part("attnpred.decode", "sparse_decode", "sparse attention"),
     Part("attnpred.decode", "LayerDecoder._count", "counters"),
     Part("attnpred.decode", "LayerDecoder._push", "remember: bookkeeping"),

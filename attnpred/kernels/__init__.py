@@ -3,7 +3,8 @@
 `reference` is slow, in fp32, and the definition of correct; every other backend has the same function with the same
 signature and is tested against it. To add a backend: one file here, one line in one of the tables below.
 
-`sparse_decode` and `dense_decode` are chosen for every call (`attnpred.kernels.decoding`).
+`sparse_decode` and `dense_decode` are chosen for every call (`attnpred.kernels.decoding`). On a GPU, Triton's kernels are
+used where it is installed; they are not in the tables, because those are tested on tensors of the CPU.
 `digest_shares`, `weigh`, `remember` and `choose` are those in use, `DIGEST` is their backend: chosen once, by whether numba
 is installed.
 """
@@ -16,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from attnpred.kernels import digest, reference, stream, torch
+from attnpred.kernels.decoding import HAS_TRITON, dense_decode_numba, dense_decode_torch
 from attnpred.kernels.decoding import dense_decode as dense_decode
-from attnpred.kernels.decoding import dense_decode_numba, dense_decode_torch
 from attnpred.kernels.decoding import sparse_decode as sparse_decode
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": torch}
@@ -39,6 +40,26 @@ DENSE_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "torch": dense_decode_torch,
     "numba": dense_decode_numba,
 }
+
+
+def triton_sparse_decode(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.sparse_decode` on a GPU, compiled by Triton at first use (extra `gpu`)."""
+    from attnpred.kernels import triton_decode
+
+    return triton_decode.sparse_decode(*arguments, **named)
+
+
+def _by_device(name: str, other: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function `name` of Triton for tensors on a GPU, else `other`."""
+
+    def call(*arguments: Any) -> Any:
+        if arguments[0].is_cuda and HAS_TRITON:
+            from attnpred.kernels import triton_select
+
+            return getattr(triton_select, name)(*arguments)
+        return other(*arguments)
+
+    return call
 
 
 def numba_digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
@@ -65,11 +86,12 @@ DIGEST_BACKENDS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "numba": numba_digest_shares,
 }
 DIGEST = "numba" if find_spec("numba") else "torch"
-digest_shares = DIGEST_BACKENDS[DIGEST]
+digest_shares = _by_device("digest_shares", DIGEST_BACKENDS[DIGEST])
 
 STREAM = ("weigh", "remember", "choose")
 STREAM_BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     "torch": {name: getattr(stream, name) for name in STREAM},
     "numba": {name: _numba_stream(name) for name in STREAM},
 }
-weigh, remember, choose = (STREAM_BACKENDS[DIGEST][name] for name in STREAM)
+weigh, remember = (_by_device(name, STREAM_BACKENDS[DIGEST][name]) for name in ("weigh", "remember"))
+choose = STREAM_BACKENDS[DIGEST]["choose"]

@@ -1,4 +1,4 @@
-"""Which kernel attends: numba's where it is installed and can take the tensors, else torch's.
+"""Which kernel attends: numba's or, on a GPU, Triton's where it is installed and can take the tensors, else torch's.
 
 The choice depends on devices, dtypes and shapes alone, so it is the same for every token of a model.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnpred.kernels import torch as plain
 
-HAS_NUMBA = find_spec("numba") is not None
+HAS_NUMBA, HAS_TRITON = (find_spec(name) is not None for name in ("numba", "triton"))
 PIECE = 1024
 """Tokens that a thread takes at once in a dense call."""
 
@@ -44,6 +44,10 @@ def sparse_decode(
         from attnpred.kernels import numba_decode
 
         kernel = numba_decode.sparse_decode
+    elif query.is_cuda and HAS_TRITON and not (query.requires_grad and torch.is_grad_enabled()):
+        from attnpred.kernels import triton_decode
+
+        kernel = triton_decode.sparse_decode
     return kernel(
         query, keys, values, selection, length,
         block_size=block_size, scale=scale, softcap=softcap, sinks=sinks, mask=mask, slots=slots,

@@ -97,7 +97,8 @@ def test_one_thread_gives_the_same(name: str) -> None:
 
 
 def test_the_backend_in_use_is_one_of_the_table() -> None:
-    assert digest_shares is DIGEST_BACKENDS[DIGEST]
+    query, codes = problem(1, 4, 20, 2, 16)
+    assert torch.equal(digest_shares(query, codes, 2), DIGEST_BACKENDS[DIGEST](query, codes, 2))
 
 
 def test_packing_keeps_the_levels_and_rounds_the_rest_to_the_nearest() -> None:

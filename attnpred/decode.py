@@ -41,6 +41,8 @@ class LayerDecoder:
         # A policy that corrects freely has no use for a forecast, but a store that fetches does.
         is_free = policy.corrects and config.late_share is None and config.offload is None
         self.forecasts = not policy.needs_query and not is_free
+        # Nothing is done to its scores before the best are taken.
+        self.chooses = not config.hysteresis
         self.clear()
 
     def clear(self) -> None:
@@ -214,7 +216,13 @@ class LayerDecoder:
         if self.memory.is_empty:
             scores = torch.zeros(1, 1, zone.blocks, device=query.device)
         else:
-            scores = self.policy.score(View(self.memory, zone, self.layer, terms is not None, block_mass))
+            view = View(self.memory, zone, self.layer, terms is not None, block_mass)
+            is_limited = terms is not None and self.pending is not None and self.config.late_share is not None
+            if self.chooses and self.first_block is None and not is_limited:
+                selection = self.policy.choose(view)
+                if selection is not None:
+                    return selection
+            scores = self.policy.score(view)
         scores = scores.to(query.device).expand(query.shape[0], self._selecting(query, store), -1)
         if self.config.hysteresis and self.attended is not None:
             last = self.attended[1].clamp_min(0)

@@ -88,6 +88,12 @@ DIGEST_BACKENDS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 DIGEST = "numba" if find_spec("numba") else "torch"
 digest_shares = _by_device("digest_shares", DIGEST_BACKENDS[DIGEST])
 
+
+def has_native_selection(tensor: Tensor) -> bool:
+    """True where `numba_digest` does a whole selection in one call for tensors like this."""
+    return DIGEST == "numba" and tensor.device.type == "cpu"
+
+
 STREAM = ("weigh", "remember", "choose")
 STREAM_BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     "torch": {name: getattr(stream, name) for name in STREAM},

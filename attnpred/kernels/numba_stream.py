@@ -20,6 +20,18 @@ _PAYS = 1 << 15
 """Numbers, of all heads, from which on it pays to have several threads: about 20 microseconds of work."""
 
 
+@numba.njit
+def weigh_row(estimate: Any, peaks: Any, weights: Any, distance: Any, out: Any) -> None:
+    """Write to out [n] the weighted sum of estimate [n], peaks [T, n] and distance [n]; weights [2 + T]."""
+    a, z = weights[0], weights[weights.size - 1]
+    for i in range(out.size):
+        out[i] = a * estimate[i] + z * distance[i]
+    for t in range(peaks.shape[0]):
+        b, past = weights[1 + t], peaks[t]
+        for i in range(out.size):
+            out[i] += b * past[i]
+
+
 @compiled("void(CPointer(int64))", to_address=True)
 def _weigh_heads(data: Any) -> None:
     """Fields: taken, rows, first, last, blocks, known, capacity, rates, heads of weights; addresses as in `weigh`."""
@@ -36,13 +48,7 @@ def _weigh_heads(data: Any) -> None:
         out = numba.carray(pointer(f[13] + head * blocks * 4), blocks, np.float32)
         out[:first] = 0
         out[last:] = 0
-        a, z = weights[0], weights[1 + rates]
-        for i in range(last - first):
-            out[first + i] = a * given[first + i] + z * distance[i]
-        for t in range(rates):
-            b = weights[1 + t]
-            for i in range(first, last):
-                out[i] += b * peaks[t, i]
+        weigh_row(given[first:last], peaks[:, first:last], weights, distance, out[first:last])
 
 
 @compiled("void(CPointer(int64))", to_address=True)
@@ -95,38 +101,44 @@ def _threshold(keys: Any, count: int) -> int:
     return least
 
 
+@numba.njit
+def choose_row(scores: Any, sinks: int, first_recent: int, blocks: int, free: int, out: Any) -> None:
+    """Write to out [sinks + free + blocks - first_recent] what `choose` returns; scores as integers, of the middle alone."""
+    for i in range(sinks):
+        out[i] = i
+    for i in range(first_recent, blocks):
+        out[sinks + free + i - first_recent] = i
+    if free == 0:
+        return
+    keys = np.empty(scores.size, np.int32)
+    for i in range(keys.size):  # integers in the order of the numbers
+        keys[i] = scores[i] ^ ((scores[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+    least, kept = _threshold(keys, free), 0
+    for i in range(keys.size):
+        if keys[i] > least:
+            out[sinks + kept] = sinks + i
+            kept += 1
+    for i in range(keys.size):
+        if kept == free:
+            break
+        if keys[i] == least:
+            out[sinks + kept] = sinks + i
+            kept += 1
+
+
 @compiled("void(CPointer(int64))", to_address=True)
 def _choose_heads(data: Any) -> None:
     """Fields: taken, rows, sinks, first_recent, blocks, free, stride of a row of scores; addresses as in `choose`."""
     f = numba.carray(data, _FIELDS)
     sinks, first_recent, blocks, free, stride = f[2], f[3], f[4], f[5], f[6]
-    keys = np.empty(first_recent - sinks, np.int32)
+    size = sinks + free + blocks - first_recent
     while True:
         head = take(f.ctypes.data)
         if head >= f[1]:
             break
-        scores = numba.carray(pointer(f[7] + (head * stride + sinks) * 4), keys.size, np.int32)
-        size = sinks + free + blocks - first_recent
+        scores = numba.carray(pointer(f[7] + (head * stride + sinks) * 4), first_recent - sinks, np.int32)
         out = numba.carray(pointer(f[8] + head * size * 8), size, np.int64)
-        for i in range(keys.size):  # integers in the order of the numbers
-            keys[i] = scores[i] ^ ((scores[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
-        for i in range(sinks):
-            out[i] = i
-        for i in range(first_recent, blocks):
-            out[sinks + free + i - first_recent] = i
-        if free == 0:
-            continue
-        least, kept = _threshold(keys, free), 0
-        for i in range(keys.size):
-            if keys[i] > least:
-                out[sinks + kept] = sinks + i
-                kept += 1
-        for i in range(keys.size):
-            if kept == free:
-                break
-            if keys[i] == least:
-                out[sinks + kept] = sinks + i
-                kept += 1
+        choose_row(scores, sinks, first_recent, blocks, free, out)
 
 
 @compiled("void(int64, int64, int64, int64[::1])")

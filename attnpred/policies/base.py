@@ -50,6 +50,10 @@ class Policy(ABC, Generic[M]):
         """Return an empty memory for layer `layer` of the model."""
         return NoMemory()
 
+    def choose(self, view: View[M]) -> Tensor | None:
+        """Return the selection that its scores lead to, where it can be had in one go; None: score, then choose."""
+        return None
+
     @abstractmethod
     def score(self, view: View[M]) -> Tensor:
         """Return scores [B, Hs, N], higher is kept; only blocks between sinks and recent window matter."""

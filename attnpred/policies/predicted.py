@@ -30,10 +30,21 @@ class Predicted(Policy[Stream]):
 
     @torch.no_grad()
     def score(self, view: View[Stream]) -> Tensor:
-        zone, place = view.zone, self.predictor.place(view.layer)
-        weights = self.predictor.streaming.weights(place, correcting=view.is_current)
-        estimate = view.memory.digest.estimate
-        weights = weights.to(estimate.device)
-        if weights.shape[0] not in (1, estimate.shape[1]):  # one selection per query head
-            weights = weights.repeat_interleave(estimate.shape[1] // weights.shape[0], 0)
-        return view.memory.score(weights, zone.sinks, zone.first_recent, zone.blocks)
+        zone = view.zone
+        return view.memory.score(self._weights(view), zone.sinks, zone.first_recent, zone.blocks)
+
+    @torch.no_grad()
+    def choose(self, view: View[Stream]) -> Tensor:
+        zone = view.zone
+        return view.memory.choose(self._weights(view), zone.sinks, zone.first_recent, zone.blocks, zone.free)
+
+    def _weights(self, view: View[Stream]) -> Tensor:
+        """Return the weights of forecast or correction, [Hs or 1, FEATURES], on the memory's device, made once for it."""
+        found = view.memory.weights.get(view.is_current)
+        if found is None:
+            place, peaks = self.predictor.place(view.layer), view.memory.peaks.data
+            weights = self.predictor.streaming.weights(place, correcting=view.is_current).to(peaks.device)
+            if weights.shape[0] not in (1, peaks.shape[1]):  # one selection per query head
+                weights = weights.repeat_interleave(peaks.shape[1] // weights.shape[0], 0)
+            found = view.memory.weights[view.is_current] = weights.contiguous()
+        return found

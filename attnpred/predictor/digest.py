@@ -13,7 +13,7 @@ plain mean key, each channel in units of its own spread over the first blocks th
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class DigestMap:
     def each(self, change: Callable[[Tensor], Tensor]) -> "DigestMap":
         """Return the map with its tensors changed."""
         return DigestMap(change(self.keys), change(self.queries), change(self.centre), self.vectors)
+
+
+class Asked(NamedTuple):
+    """What an estimate is to be computed for: query [B, Hq, D], the scale of its logits, Hs, and sealed blocks."""
+
+    query: Tensor
+    scale: float
+    selecting: int
+    blocks: int
 
 
 MEASURED = ("keys", "queries", "centre")
@@ -70,8 +79,11 @@ class Digest(Memory):
         self._sealed = 0
         self.codes: list[tuple[list[int], int, Columns]] = []  # heads, vectors per block, their codes
         self.places: list[Tensor] = []  # the same heads, as `look` needs them
-        self.estimate = torch.empty(0)
+        self._estimate = torch.empty(0)
+        self._asked: Asked | None = None  # what the estimate is to be computed for, until somebody wants it
         self.projections: tuple[float, Tensor] | None = None  # for which scale, and what
+        self.diagonals: tuple[float, Tensor] | None = None
+        self._found: tuple[tuple[int, ...], Any] | None = None  # where the codes lie, while their tables are those
 
     def state(self) -> State:
         """As of any memory, and the map where it was measured; one that was given comes with the memory."""
@@ -111,7 +123,7 @@ class Digest(Memory):
     def _lay_out(self, found: DigestMap, device: torch.device) -> DigestMap:
         """Make the tables of codes that the map asks for, and return the map as it is used on `device`."""
         self.map = found = found.each(lambda tensor: tensor.to(device))
-        self.projections = None
+        self.projections = self.diagonals = None
         for vectors in sorted(set(found.vectors)):
             heads = [head for head, own in enumerate(found.vectors) if own == vectors]
             codes = Columns(after=(vectors * found.keys.shape[3] // 2,), dtype=torch.int8)
@@ -126,7 +138,24 @@ class Digest(Memory):
         # A mean of n independent keys is smaller than a key; the general map measures the means themselves.
         return 1.0 if self.given is None else math.sqrt(self.block_size / vectors)
 
+    @property
+    def estimate(self) -> Tensor:
+        """[B, Hs, N]: for the query that was looked at last, the logarithm of the attention on each sealed block."""
+        if self._asked is not None:
+            asked, self._asked = self._asked, None
+            self._estimate = self.shares(*asked)
+        return self._estimate
+
+    @estimate.setter
+    def estimate(self, known: Tensor) -> None:
+        self._estimate, self._asked = known, None
+
+    @property
+    def is_empty(self) -> bool:
+        return (self._estimate.numel() if self._asked is None else self._asked.blocks) == 0
+
     def seal(self, keys: Tensor) -> None:
+        self._settle()
         found = self.map if self.codes and self.map is not None else self._begin(keys)
         centred = keys.float() - found.centre[:, :, None]
         blocks = keys.shape[2] // self.block_size
@@ -138,30 +167,66 @@ class Digest(Memory):
             stored[:, :, self._sealed :] = packed.flatten(3)
         self._sealed += blocks
 
+    def _settle(self) -> None:
+        """Compute what was asked for, before the codes change."""
+        _ = self.estimate
+
     def crop(self, columns: int) -> None:
+        self._settle()
         self._sealed = min(self._sealed, max(0, columns - 1))
         super().crop(self._sealed)
 
     def select(self, rows: Tensor) -> None:
+        self._settle()
         super().select(rows)
-        self.projections = None
+        self.projections = self.diagonals = self._found = None
         if self.map is not None and self.given is None:
             self.map = self.map.each(lambda tensor: tensor[rows.to(tensor.device)])
         self.estimate = self.estimate[rows.to(self.estimate.device)] if self.estimate.numel() else self.estimate
 
     def repeat(self, times: int) -> None:
+        self._settle()
         super().repeat(times)
-        self.projections = None
+        self.projections = self.diagonals = self._found = None
         if self.map is not None and self.given is None:
             self.map = self.map.each(lambda tensor: tensor.repeat_interleave(times, 0))
         self.estimate = self.estimate.repeat_interleave(times, 0) if self.estimate.numel() else self.estimate
 
     def look(self, query: Tensor, scale: float, selecting: int) -> None:
-        """Estimate for `query` [B, Hq, D] the logarithm of the attention on each sealed block: `estimate` [B, Hs, N].
+        """Have `estimate` be that for `query` [B, Hq, D]; it is computed when somebody wants it.
 
         It is relative to all sealed blocks, and of the heads that select together it is the sum.
         """
-        self.estimate = self.shares(query, scale, selecting, self._sealed)
+        self._asked = Asked(query, scale, selecting, self._sealed)
+
+    def take_asked(self) -> "tuple[Asked, Tensor, Any, int] | None":
+        """Return what numba's kernels need for the estimate: what was asked, projection, codes and their bytes.
+
+        None if it was computed already, or is not for them. Who takes it has to set `estimate`.
+        """
+        asked = self._asked
+        if asked is None or asked.blocks == 0 or not kernels.has_native_selection(asked.query):
+            return None
+        return (
+            asked,
+            self._native_projection(asked.scale),
+            self._where(asked.query.shape[0]),
+            self._bytes_of(asked.blocks),
+        )
+
+    def _bytes_of(self, blocks: int) -> int:
+        return sum(codes.data.shape[0] * len(heads) * codes.data.shape[3] for heads, _, codes in self.codes) * blocks
+
+    def _where(self, batch: int) -> Any:
+        """Return where the codes lie; the same as before while the tables are."""
+        lie = tuple(codes.data.data_ptr() for _, _, codes in self.codes)
+        if self._found is None or self._found[0] != lie:
+            assert self.map is not None
+            from attnpred.kernels import numba_digest  # numba is loaded when it is used, not before
+
+            tables = [(heads, vectors, codes.data) for heads, vectors, codes in self.codes]
+            self._found = lie, numba_digest.codes_of(tables, batch, self.map.keys.shape[1])
+        return self._found[1]
 
     def _projection(self, scale: float) -> Tensor:
         """Return [B or 1, Hkv, D, r], what a query is multiplied with; made once for a model's scale."""
@@ -170,19 +235,30 @@ class Digest(Memory):
             self.projections = scale, self.map.queries * (self.units * scale)
         return self.projections[1]
 
+    def _native_projection(self, scale: float) -> Tensor:
+        """Return the projection, or its diagonal [B or 1, Hkv, D] where it has nothing else (`mean_key_map`)."""
+        if self.given is not None:
+            return self._projection(scale)
+        if self.diagonals is None or self.diagonals[0] != scale:
+            self.diagonals = scale, self._projection(scale).diagonal(dim1=-2, dim2=-1).contiguous()
+            self.projections = None
+        return self.diagonals[1]
+
     def shares(self, query: Tensor, scale: float, selecting: int, blocks: int) -> Tensor:
         """Return `estimate` for `query` [B, Hq, D] and the first `blocks` blocks, without keeping it."""
         if blocks == 0:
             return query.new_empty(query.shape[0], selecting, 0, dtype=torch.float32)
         assert self.map is not None
+        if kernels.has_native_selection(query):
+            from attnpred.kernels import numba_digest  # numba is loaded when it is used, not before
+
+            where, size = self._where(query.shape[0]), self._bytes_of(blocks)
+            projection = self._native_projection(scale)
+            return numba_digest.look(query.float(), projection, where, blocks, selecting, size)
         batch, kv_heads = query.shape[0], self.map.keys.shape[1]
         own_selections = selecting // kv_heads  # 1, or G where each query head selects for itself
         grouped = query.float().view(batch, kv_heads, query.shape[1] // kv_heads, -1)
         projected = grouped @ self._projection(scale)
-        if own_selections == 1 and len(self.codes) == 1:  # all heads are stored alike
-            _, vectors, codes = self.codes[0]
-            stored = codes.data.view(batch * kv_heads, -1, codes.data.shape[3] // vectors)[:, : blocks * vectors]
-            return kernels.digest_shares(projected.flatten(0, 1), stored, vectors).view(batch, kv_heads, blocks)
         out = torch.empty(batch, kv_heads, own_selections, blocks, device=query.device)
         for (_, vectors, codes), place in zip(self.codes, self.places, strict=True):
             rows, capacity, size = batch * place.numel(), *codes.data.shape[2:]

@@ -38,6 +38,8 @@ class Stream(Memory):
 
     def __init__(self, block_size: int, digest_map: DigestMap | None, prompt_rows: int) -> None:
         self.rows = prompt_rows
+        self.weights: dict[bool, Tensor] = {}
+        """Of forecast (False) and correction (True), as whoever scores has prepared them."""
         self.digest = Digest(block_size, digest_map)
         self.peaks = Columns(before=(len(PEAKS),), fill=FLOOR)
         self.distances = torch.empty(0)
@@ -54,7 +56,7 @@ class Stream(Memory):
 
     @property
     def is_empty(self) -> bool:
-        return self.digest.estimate.numel() == 0
+        return self.digest.is_empty
 
     def look_bytes(self) -> int:
         return self.digest.look_bytes()
@@ -83,6 +85,21 @@ class Stream(Memory):
         self.peaks.reserve(batch, heads, blocks, maxima.device)
         rates = _RATES.to(maxima.device)
         kernels.remember(self.peaks.data, rates, blocks, self.digest.estimate, selection, maxima)
+
+    def choose(self, weights: Tensor, sinks: int, first_recent: int, blocks: int, free: int) -> Tensor:
+        """Return `kernels.choose` of what `score` gives, in one call where the estimate is still to be computed."""
+        taken = self.digest.take_asked() if sinks < first_recent else None
+        if taken is None:
+            return kernels.choose(self.score(weights, sinks, first_recent, blocks), sinks, first_recent, blocks, free)
+        from attnpred.kernels import numba_digest  # numba is loaded when it is used, not before
+
+        asked, projection, codes, size = taken
+        distance = self._distance(first_recent - sinks)
+        self.digest.estimate, selection = numba_digest.choose(
+            asked.query.float(), projection, codes, asked.blocks, asked.selecting, size,
+            self.peaks.data, weights, distance, sinks, first_recent, blocks, free,
+        )  # fmt: skip
+        return selection
 
     def features(self, first: int, last: int) -> Tensor:
         """Return [B, Hs, last - first, FEATURES], what `score` weighs: for training."""

@@ -68,26 +68,22 @@ class BlockPool(Store):
         return self.keys.shape[1] if self.keys.ndim == 4 else 0
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        batch, heads, tokens, _ = keys.shape
-        needed = self.length + tokens
-        if self.keys.numel() == 0:
-            self._tensors = (
-                keys.new_zeros(batch, heads, 0, keys.shape[-1]),
-                values.new_zeros(batch, heads, 0, values.shape[-1]),
-            )
-        expect("keys", keys, self.keys.shape[0], self.keys.shape[1], -1, self.keys.shape[3])
-        expect("values", values, self.values.shape[0], self.values.shape[1], tokens, self.values.shape[3])
-        if needed > self.keys.shape[2]:
-            capacity = (
-                num_blocks(max(needed + SPARE, needed * 9 // 8 if self.length else needed), self.block_size)
-                * self.block_size
-            )
-            self._tensors = self._grown(self.keys, capacity), self._grown(self.values, capacity)
+        tokens, length = keys.shape[2], self.length
+        needed = length + tokens
+        held_keys, held_values = self._filled()
+        if held_keys.numel() == 0:
+            held_keys, held_values = (x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (keys, values))
+        expect("keys", keys, *held_keys.shape[:2], -1, held_keys.shape[3])
+        expect("values", values, *held_values.shape[:2], tokens, held_values.shape[3])
+        if needed > held_keys.shape[2]:
+            capacity = num_blocks(max(needed + SPARE, needed * 9 // 8 if length else needed), self.block_size)
+            capacity *= self.block_size
+            held_keys, held_values = self._grown(held_keys, capacity), self._grown(held_values, capacity)
         elif self._is_shared:
-            self._tensors = self.keys.clone(), self.values.clone()
-        self._is_shared = False
-        self.keys[:, :, self.length : needed] = keys
-        self.values[:, :, self.length : needed] = values
+            held_keys, held_values = held_keys.clone(), held_values.clone()
+        self._tensors, self._is_shared = (held_keys, held_values), False
+        held_keys.narrow(2, length, tokens).copy_(keys)
+        held_values.narrow(2, length, tokens).copy_(values)
         self.length = needed
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:

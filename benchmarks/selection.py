@@ -40,6 +40,7 @@ from attnpred.predictor.predictor_config import PredictorConfig
 from attnpred.predictor.pretrained import Predictor
 from attnpred.store.pool import BlockPool
 from attnpred.telemetry import LayerCounts
+from benchmarks.environment import environment
 
 HEADS, KV_HEADS, DIM, BLOCK, BUDGET, LAYERS = 32, 8, 128, 16, 1024, 3
 CONTEXTS = (4096, 16384, 32768, 65536, 131072)
@@ -92,8 +93,9 @@ class Layer:
         use_backend("torch" if name.endswith("torch only") else kernels.DIGEST)
         decoder = self.decoders[name]
         decoder.memory.look(query, DIM**-0.5, KV_HEADS)
-        scores = decoder.policy.score(View(decoder.memory, self.zone, 0, True))
-        selection = select_blocks(scores, self.zone)
+        view = View(decoder.memory, self.zone, 0, True)
+        selection = decoder.policy.choose(view)
+        selection = select_blocks(decoder.policy.score(view), self.zone) if selection is None else selection
         if decoder.memory.rows:
             decoder._push(query, self.pool, self.zone, selection, maxima, AttentionTerms(DIM**-0.5), None)
         return selection
@@ -112,6 +114,7 @@ class Layer:
 
 def use_backend(name: str) -> None:
     """Have the kernels of one backend called, by the tables of `attnpred.kernels`."""
+    kernels.has_native_selection = lambda tensor: name == "numba"
     kernels.digest_shares = kernels.DIGEST_BACKENDS[name]
     for function, found in kernels.STREAM_BACKENDS[name].items():
         setattr(kernels, function, found)
@@ -176,8 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{row['context']:7d} {row['variant']:22} {row['us']:9.0f} us  attention {row['attention_us']:7.0f} us"
             )
             rows.append(row)
-    about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": kernels.DIGEST}
-    found = json.dumps({**about, "rows": rows})
+    found = json.dumps({**environment(), "kernels": kernels.DIGEST, "rows": rows})
     if args.out:
         args.out.write_text(found + "\n", encoding="utf-8")
     print(found)

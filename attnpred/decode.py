@@ -39,7 +39,7 @@ class LayerDecoder:
         wanted = config.calibration_interval
         self.interval = policy.calibration if wanted is None else wanted
         # A policy that corrects freely has no use for a forecast, but a store that fetches does.
-        is_free = policy.corrects and config.late_share is None and config.offload is None
+        is_free = policy.corrects and not policy.keeps and config.late_share is None and config.offload is None
         self.forecasts = not policy.needs_query and not is_free
         # Nothing is done to its scores before the best are taken.
         self.chooses = not config.hysteresis
@@ -138,6 +138,14 @@ class LayerDecoder:
         selecting = self._selecting(query, store)
         zone = zone_at(self.config, store.length)
         self._seal(store)
+        again = self._same_blocks(zone)
+        if again is not None:
+            output, _ = self._attend_to(again, query, store, zone, terms, mask)
+            self.pending = None
+            if self._chooses_next():
+                self.memory.look(query, terms.scale, selecting)
+                self._forecast(query, store)
+            return output
         is_current = self.corrects or self.pending is None or self.pending[0].length != store.length
         if is_current:
             self.memory.look(query, terms.scale, selecting)
@@ -145,6 +153,41 @@ class LayerDecoder:
         else:
             assert self.pending is not None
             selection = self.pending[1]
+        output, maxima = self._attend_to(selection, query, store, zone, terms, mask)
+        self.counts.digest_bytes += self.memory.look_bytes()
+        if not is_current:
+            self.memory.look(query, terms.scale, selecting)
+        if self.memory.rows:
+            self._push(query, store, zone, selection, maxima, terms, mask)
+        self.pending = None
+        if self._chooses_next():
+            self._forecast(query, store)
+        return output
+
+    def _chooses_next(self) -> bool:
+        return self.steps % self.config.selection_interval == 0
+
+    def _same_blocks(self, zone: Zone) -> Tensor | None:
+        """Return the selection of the last step as that of this one; None where a new one is to be made."""
+        if self._chooses_next() or self.attended is None:
+            return None
+        last, selection = self.attended
+        if (last.sinks, last.free, last.length + 1) != (zone.sinks, zone.free, zone.length):
+            return None
+        recent = torch.arange(zone.first_recent, zone.blocks, device=selection.device)
+        kept = selection[..., : last.sinks + last.free]
+        return torch.cat((kept, recent.expand(*kept.shape[:2], -1)), -1)
+
+    def _attend_to(
+        self,
+        selection: Tensor,
+        query: Tensor,
+        store: Store,
+        zone: Zone,
+        terms: AttentionTerms,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to the blocks of `selection`, and count it: output [B, Hq, D] and block maxima [B, Hs, K]."""
         keys, values, slots = store.wait(selection)
         output, maxima, _ = sparse_decode(
             query,
@@ -160,15 +203,9 @@ class LayerDecoder:
             slots=slots,
         )
         self._count(query, store, zone, selection, terms, mask)
-        self.counts.digest_bytes += self.memory.look_bytes()
         self.steps += 1
         self.attended = zone, selection
-        if not is_current:
-            self.memory.look(query, terms.scale, selecting)
-        if self.memory.rows:
-            self._push(query, store, zone, selection, maxima, terms, mask)
-        self._forecast(query, store)
-        return output
+        return output, maxima
 
     def _seal(self, store: Store, keys: Tensor | None = None) -> None:
         """Show the memory the keys of blocks that have become full: of all `keys`, if they are at hand."""

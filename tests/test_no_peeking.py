@@ -20,7 +20,7 @@ from attnpred.telemetry import LayerCounts
 
 P, DIM, PROMPT, STEPS, WANTED, AT = 4, 8, 93, 8, 9, 4
 KV_HEADS, HEADS = 2, 4
-LOOKS = ["mean_key", "quest", "oracle", "corrected"]
+LOOKS = [*(name for name in POLICIES if POLICIES[name].needs_query or POLICIES[name].keeps), "corrected"]
 FORECASTS = [*(name for name in POLICIES if name not in ("full", *LOOKS)), "published"]
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from attnpred.policies.base import Policy
 from attnpred.policies.ema import Ema
+from attnpred.policies.freekv import FreeKV
 from attnpred.policies.full import Full
 from attnpred.policies.h2o import H2O
 from attnpred.policies.last_step import LastStep
@@ -22,6 +23,7 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "mean_key_last": MeanKeyLast,
     "mean_key": MeanKey,
     "quest": Quest,
+    "freekv": FreeKV,
     "oracle": Oracle,
     "predicted": Predicted,
 }

@@ -18,6 +18,10 @@ from attnpred.predictor.memory import Memory, NoMemory
 
 M = TypeVar("M", bound=Memory)
 
+KINDS = ("reference", "eviction", "retrieval", "reuse", "learned")
+"""Reference: what others are held against. Eviction: what is dropped never comes back. Retrieval: scores of everything, at
+every step. Reuse: a choice that serves several steps or layers. Learned: trained weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class View(Generic[M]):
@@ -37,10 +41,18 @@ class View(Generic[M]):
 class Policy(ABC, Generic[M]):
     """Interface; concrete policies are final."""
 
+    kind: ClassVar[str] = "reference"
+    """One of `KINDS`."""
+    cost: ClassVar[str] = "nothing"
+    """What a selection costs, in words, for one kv head: N blocks of P tokens, D dimensions, G queries."""
+    source: ClassVar[str] = "attnpred"
+    """Where it was published."""
     needs_query: ClassVar[bool] = False
     """Every selection is made inside the step, from its own query, so nothing can be prefetched."""
     corrects: ClassVar[bool] = False
     """A forecast made before the step can be corrected inside it, from its own query."""
+    keeps: ClassVar[bool] = False
+    """What it corrects depends on its forecast, so there is one even where nothing is fetched."""
     calibration: ClassVar[int] = 0
     """Every how many steps it wants a true row, unless the settings say otherwise; 0 is never."""
     is_dense: ClassVar[bool] = False

@@ -19,6 +19,9 @@ from attnpred.predictor.average import Average
 class Ema(Policy[Average]):
     """Score a block by state <- (1 - rate) * state + rate * row; blocks outside the selection count as zero."""
 
+    kind: ClassVar[str] = "reuse"
+    cost: ClassVar[str] = "N multiply-adds"
+    source: ClassVar[str] = "attnpred, the bar for arXiv 2502.04077"
     rate: float = 0.2
     calibration: ClassVar[int] = 5
 

@@ -5,7 +5,7 @@ and the sum begins with the last rows of the prompt (`CacheConfig.history`).
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -18,6 +18,10 @@ from attnpred.predictor.average import Average
 @dataclass(frozen=True, slots=True)
 class H2O(Policy[Average]):
     """Score a block by the sum of its rows."""
+
+    kind: ClassVar[str] = "reuse"
+    cost: ClassVar[str] = "N additions"
+    source: ClassVar[str] = "arXiv 2306.14048, without eviction"
 
     def memory(self, config: CacheConfig, layer: int) -> Average:
         return Average(1.0, 1.0, config.history)

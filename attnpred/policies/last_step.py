@@ -15,6 +15,8 @@ from attnpred.predictor.average import Average
 class LastStep(Policy[Average]):
     """Score a block by its largest probability in the last row."""
 
+    kind: ClassVar[str] = "reuse"
+    cost: ClassVar[str] = "N copies"
     calibration: ClassVar[int] = 5
 
     def memory(self, config: CacheConfig, layer: int) -> Average:

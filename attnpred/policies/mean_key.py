@@ -15,6 +15,8 @@ from attnpred.predictor.key_summary import KeySummary
 class MeanKey(Policy[KeySummary]):
     """Score a block by the product of its mean key with the current query."""
 
+    kind: ClassVar[str] = "retrieval"
+    cost: ClassVar[str] = "G N products of D"
     needs_query: ClassVar[bool] = True
 
     def memory(self, config: CacheConfig, layer: int) -> KeySummary:
@@ -28,6 +30,9 @@ class MeanKey(Policy[KeySummary]):
 @dataclass(frozen=True, slots=True)
 class MeanKeyLast(Policy[KeySummary]):
     """Score a block by the product of its mean key with the last query, which can be prefetched."""
+
+    kind: ClassVar[str] = "retrieval"
+    cost: ClassVar[str] = "G N products of D"
 
     def memory(self, config: CacheConfig, layer: int) -> KeySummary:
         return KeySummary(config.block_size, bounds=False)

@@ -14,6 +14,7 @@ from attnpred.predictor.memory import NoMemory
 class Oracle(Policy[NoMemory]):
     """Score a block by the probability mass that the current query really puts on it."""
 
+    cost: ClassVar[str] = "all keys: G N P products of D"
     needs_query: ClassVar[bool] = True
 
     def score(self, view: View[NoMemory]) -> Tensor:

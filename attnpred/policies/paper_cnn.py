@@ -22,6 +22,9 @@ from attnpred.predictor.pretrained import Predictor
 class PaperForecast(Policy[IncrementalCNN]):
     """Score a block by the network's forecast of its next value."""
 
+    kind: ClassVar[str] = "learned"
+    cost: ClassVar[str] = "N values of a CNN of 3 layers"
+    source: ClassVar[str] = "arXiv 2502.04077"
     predictor: Predictor
     calibration: ClassVar[int] = 5
 

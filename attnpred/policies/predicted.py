@@ -21,6 +21,9 @@ from attnpred.predictor.streaming import Stream
 class Predicted(Policy[Stream]):
     """Score a block by its digest, its past attention and its distance, with trained weights."""
 
+    kind: ClassVar[str] = "learned"
+    cost: ClassVar[str] = "G N products of D in int8, 4 N multiply-adds"
+    source: ClassVar[str] = "attnpred, after arXiv 2502.04077"
     predictor: Predictor
     corrects: ClassVar[bool] = True
 

@@ -15,6 +15,9 @@ from attnpred.predictor.key_summary import KeySummary
 class Quest(Policy[KeySummary]):
     """Score a block by the bound of its logits for the current query."""
 
+    kind: ClassVar[str] = "retrieval"
+    cost: ClassVar[str] = "G N products of 2 D"
+    source: ClassVar[str] = "arXiv 2406.10774"
     needs_query: ClassVar[bool] = True
 
     def memory(self, config: CacheConfig, layer: int) -> KeySummary:

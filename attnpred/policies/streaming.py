@@ -4,7 +4,7 @@ The published method drops the rest for good and counts positions inside the cac
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from attnpred.predictor.memory import NoMemory
 @dataclass(frozen=True, slots=True)
 class Streaming(Policy[NoMemory]):
     """Keep sinks and the newest blocks up to the budget."""
+
+    source: ClassVar[str] = "arXiv 2309.17453, without eviction"
 
     def score(self, view: View[NoMemory]) -> Tensor:
         return torch.arange(view.zone.blocks, dtype=torch.float32).expand(1, 1, -1)

@@ -14,7 +14,7 @@ are memories themselves. A memory that was made for the same layer, and `restore
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -189,6 +189,13 @@ class Memory(ABC):
         """Repeat each batch row `times` times."""
         for part in self._members():
             part.repeat(times)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the tensors it `remembers`, for memories where all that are not empty have a row per batch row."""
+        for name in self.remembers:
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.numel():
+                setattr(self, name, change(value))
 
     def bytes(self) -> int:
         """Bytes it holds."""

@@ -101,7 +101,7 @@ def test_no_policy_keeps_more_than_the_best_choice(name: str, late_share: float 
     assert (found.ratios <= 1 + 1e-4).all()
     for share in (found.hits, found.new):
         assert share.shape == (1, LAYERS, HEADS) and (share >= 0).all() and (share <= 1).all()
-    limited = name == "predicted" and late_share is not None
+    limited = POLICIES[name].corrects and late_share is not None
     assert (found.late is not None) == limited and (not limited or found.late <= 0.2)
 
 

@@ -16,6 +16,7 @@ from attnpred.predictor.incremental import IncrementalCNN
 from attnpred.predictor.key_summary import KeySummary
 from attnpred.predictor.memory import Columns, Memory, NoMemory, State
 from attnpred.predictor.streaming import Stream
+from attnpred.predictor.turning import Turning
 
 P, HEADS, DIM, ROWS = 4, 3, 8, 16
 torch.manual_seed(0)
@@ -30,6 +31,7 @@ MEMORIES: dict[str, Callable[[], Memory]] = {
     "bounds": lambda: KeySummary(P, bounds=True),
     "measured digest": lambda: Digest(P),
     "given digest": lambda: Digest(P, GIVEN),
+    "turning": lambda: Turning(P),
     "stream": lambda: Stream(P, None, ROWS),
     "trained stream": lambda: Stream(P, GIVEN, ROWS),
     "cnn": lambda: IncrementalCNN(PADDED, ROWS),

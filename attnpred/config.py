@@ -27,6 +27,8 @@ class CacheConfig:
     history: H, rows of past attention a policy may look at.
     calibration_interval: every this many decode steps the memory gets a dense row, which reads all keys; 0 is never, None
         what the policy was made for.
+    selection_interval: every this many decode steps blocks are chosen anew; the steps between attend to the same ones, and
+        to what is recent then. They cost no selection, and their attention is not remembered.
     dense_layers: the first layers, which stay dense.
     late_share: how much of a selection may be blocks that the forecast missed and the query of the step asks for: they
         have to be fetched late. 0 keeps to the forecast; None is for a cache that lies in fast memory altogether, where
@@ -51,6 +53,7 @@ class CacheConfig:
     recent_window: int = 64
     history: int = 64
     calibration_interval: int | None = None
+    selection_interval: int = 1
     dense_layers: int = 2
     late_share: float | None = None
     hysteresis: float = 0.0
@@ -73,6 +76,7 @@ class CacheConfig:
             ("recent_window", 1),
             ("history", 1),
             ("calibration_interval", 0),
+            ("selection_interval", 1),
             ("dense_layers", 0),
         ):
             value = getattr(self, name)

@@ -5,6 +5,7 @@ rows up to t-1, attend, append the row of step t (the true one every M steps), d
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.kernels.dense import AttentionTerms
+from attnpred.policies import LastStep, Quest
+from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.store.pool import BlockPool
@@ -182,3 +185,47 @@ def test_history_begins_before_the_context_outgrows_the_budget() -> None:
         and decoder.pending is not None
         and decoder.pending[0].length == pool.length + 1
     )
+
+
+class Loud:
+    """A policy by proxy that notes every call of `score`, each time with other scores."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.scored = inner, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def choose(self, view: Any) -> None:
+        return None
+
+    def score(self, view: Any) -> torch.Tensor:
+        self.scored.append((view.zone.length, view.is_current))
+        return torch.randn(1, KV_HEADS, view.zone.blocks)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 4])
+@pytest.mark.parametrize("policy", [LastStep(), Quest()])
+def test_blocks_are_chosen_anew_every_few_steps(interval: int, policy: Policy[Any]) -> None:
+    torch.manual_seed(0)
+    config = CacheConfig(
+        budget=BUDGET, block_size=P, num_sink_tokens=SINK, recent_window=RECENT, selection_interval=interval
+    )
+    loud, pool, terms = Loud(policy), BlockPool(P), AttentionTerms(SCALE)
+    decoder = LayerDecoder(config, loud, LayerCounts())  # type: ignore[arg-type]
+    pool.append(torch.randn(1, KV_HEADS, PROMPT, DIM), torch.randn(1, KV_HEADS, PROMPT, DIM))
+    decoder.observe(torch.randn(1, HEADS, PROMPT, DIM), pool, terms, None, prompt=True)
+    before: set[int] = set()
+    for step in range(16):
+        pool.append(torch.randn(1, KV_HEADS, 1, DIM), torch.randn(1, KV_HEADS, 1, DIM))
+        decoder.step(torch.randn(1, HEADS, DIM), pool, terms, None)
+        zone, selection = decoder.attended
+        assert selection.shape[2] == zone.sinks + zone.free + zone.blocks - zone.first_recent
+        assert {*range(zone.sinks), *range(zone.first_recent, zone.blocks)} <= set(selection[0, 0].tolist())
+        middle = set(selection[0, 0, zone.sinks : zone.sinks + zone.free].tolist())
+        assert len(middle) == zone.free and (step % interval == 0 or middle == before)
+        before = middle
+    expected = range(PROMPT + 1, PROMPT + 17, interval)
+    is_current = policy.needs_query
+    wanted = [(length, is_current) for length in expected] + ([(PROMPT + 17, False)] if not is_current else [])
+    assert loud.scored == wanted

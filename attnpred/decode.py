@@ -23,7 +23,7 @@ from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.streamed import StreamedAttention, StreamedRows
 from attnpred.policies.base import Policy, View
 from attnpred.policies.select import Zone, limit_late, select_blocks, zone_at
-from attnpred.predictor.memory import State, inside
+from attnpred.predictor.memory import State, inside, spread
 from attnpred.store.base import Store
 from attnpred.telemetry import LayerCounts
 
@@ -138,6 +138,9 @@ class LayerDecoder:
         selecting = self._selecting(query, store)
         zone = zone_at(self.config, store.length)
         self._seal(store)
+        whole = self.memory.wants_all(query)
+        if whole is not None:
+            return self._step_whole(whole, query, store, zone, terms, mask)
         again = self._same_blocks(zone)
         if again is not None:
             output, _ = self._attend_to(again, query, store, zone, terms, mask)
@@ -206,6 +209,44 @@ class LayerDecoder:
         self.steps += 1
         self.attended = zone, selection
         return output, maxima
+
+    def _step_whole(
+        self, whole: Tensor, query: Tensor, store: Store, zone: Zone, terms: AttentionTerms, mask: Tensor | None
+    ) -> Tensor:
+        """A step in which the batch rows `whole` [B] attend to everything, which gives the memory their true rows.
+
+        All keys and values are read for it, so every row counts as one that attended to them.
+        """
+        selecting = self._selecting(query, store)
+        every = None if mask is None else mask[:, None]
+        attention = StreamedAttention(query[:, :, None], store.length, terms, every, store.piece_tokens)
+        rows = StreamedRows(query[:, :, None], store.length, terms, every, block_size=store.block_size)
+        for piece in store.pieces():
+            attention.add(*piece)
+            rows.add(piece.start, piece.keys)
+        output, row = attention.result()[:, :, 0], rows.result(selecting)
+        attended: Tensor | None = None
+        if not bool(whole.all()):
+            known = self.pending is not None and self.pending[0].length == store.length
+            selection = self.pending[1] if known and self.pending else self._select(query, store, zone, terms, mask)
+            keys, values, slots = store.wait(selection)
+            sparse, maxima, _ = sparse_decode(
+                query, keys, values, selection, store.length, block_size=store.block_size, scale=terms.scale,
+                softcap=terms.softcap, sinks=terms.sinks, mask=mask, slots=slots,
+            )  # fmt: skip
+            output = torch.where(whole[:, None, None], output, sparse)
+            partly, seen = spread(selection, maxima, zone.blocks)
+            row = torch.where(whole[:, None, None, None], row, partly)
+            attended = whole[:, None, None, None] | seen
+        everything = torch.arange(zone.blocks, device=query.device).expand(query.shape[0], selecting, -1)
+        self._count(query, store, zone, everything, terms, mask)
+        self.steps += 1
+        self.attended = zone, everything
+        self.memory.push(row, attended)
+        self.memory.look(query, terms.scale, selecting)
+        self.pending = None
+        self._forecast(query, store)
+        return output
 
     def _seal(self, store: Store, keys: Tensor | None = None) -> None:
         """Show the memory the keys of blocks that have become full: of all `keys`, if they are at hand."""

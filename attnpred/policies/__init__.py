@@ -12,6 +12,7 @@ from attnpred.policies.mean_key import MeanKey, MeanKeyLast
 from attnpred.policies.oracle import Oracle
 from attnpred.policies.predicted import Predicted
 from attnpred.policies.quest import Quest
+from attnpred.policies.recycled import Recycled
 from attnpred.policies.streaming import Streaming
 
 POLICIES: dict[str, type[Policy[Any]]] = {
@@ -24,6 +25,7 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "mean_key": MeanKey,
     "quest": Quest,
     "freekv": FreeKV,
+    "recycled": Recycled,
     "oracle": Oracle,
     "predicted": Predicted,
 }

@@ -29,6 +29,18 @@ def inside(prefix: str, state: Mapping[str, Any]) -> State:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
+def spread(selection: Tensor, maxima: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Return one row of `blocks` blocks, [B, Hs, 1, blocks], and where it knows its block, as `Memory.push` takes them.
+
+    selection [B, Hs, K] are the blocks that were attended, -1 for none, and maxima what was put on them.
+    """
+    # Other blocks stay at -1; column `blocks` takes what id -1 would write.
+    row = maxima.new_full((*selection.shape[:2], blocks + 1), -1.0)
+    row.scatter_(2, selection.masked_fill(selection < 0, blocks), maxima)
+    row = row[:, :, None, :blocks]
+    return row.clamp_min(0.0), row >= 0
+
+
 @final
 class Columns:
     """A tensor [B, Hs, *before, N, *after] whose dimension N, the blocks, grows; new columns hold `fill`."""
@@ -152,11 +164,15 @@ class Memory(ABC):
 
     def push_attended(self, selection: Tensor, maxima: Tensor, blocks: int) -> None:
         """Take in one row by what was attended: block ids [B, Hs, K], -1 for none, and their maxima, of `blocks` blocks."""
-        # Other blocks stay at -1; column `blocks` takes what id -1 would write.
-        row = maxima.new_full((*selection.shape[:2], blocks + 1), -1.0)
-        row.scatter_(2, selection.masked_fill(selection < 0, blocks), maxima)
-        row = row[:, :, None, :blocks]
-        self.push(row.clamp_min(0.0), row >= 0)
+        self.push(*spread(selection, maxima, blocks))
+
+    def wants_all(self, query: Tensor) -> Tensor | None:
+        """Say which batch rows, [B], are to attend to everything with `query` [B, Hq, D] in this step; None: no row.
+
+        Asked once per decode step, before anything is looked at. What these rows put on all blocks is pushed, and then the
+        query is looked at.
+        """
+        return None
 
     def watch(self, query: Tensor, keys: Tensor, scale: float) -> None:
         """Take in a dense call as a whole, query [B, Hq, Q, D] and all keys: for capture, nothing that decodes needs it."""

@@ -15,6 +15,7 @@ from attnpred.predictor.history import History
 from attnpred.predictor.incremental import IncrementalCNN
 from attnpred.predictor.key_summary import KeySummary
 from attnpred.predictor.memory import Columns, Memory, NoMemory, State
+from attnpred.predictor.recycled import Recycling
 from attnpred.predictor.streaming import Stream
 from attnpred.predictor.turning import Turning
 
@@ -31,6 +32,8 @@ MEMORIES: dict[str, Callable[[], Memory]] = {
     "bounds": lambda: KeySummary(P, bounds=True),
     "measured digest": lambda: Digest(P),
     "given digest": lambda: Digest(P, GIVEN),
+    "recycling": lambda: Recycling(2, None),
+    "recycling by likeness": lambda: Recycling(1, 0.9),
     "turning": lambda: Turning(P),
     "stream": lambda: Stream(P, None, ROWS),
     "trained stream": lambda: Stream(P, GIVEN, ROWS),
@@ -53,9 +56,12 @@ class Text:
         self.blocks += 1
         if memory.sealed >= 0:
             memory.seal(self.rand(HEADS, (self.blocks - max(memory.sealed, 0)) * P, DIM) - 0.5)
-        memory.look(self.rand(HEADS, DIM), DIM**-0.5, HEADS)
+        query = self.rand(HEADS, DIM) - 0.5
+        whole = memory.wants_all(query)
+        memory.look(query, DIM**-0.5, HEADS)
         if memory.rows:
             known = self.rand(HEADS, 1, self.blocks) < 0.5
+            known = known if whole is None else known | whole[:, None, None, None]
             memory.push(self.rand(HEADS, 1, self.blocks) * known, known)
 
     def step(self, memory: Memory) -> list[Tensor]:

@@ -87,6 +87,12 @@ class Store(ABC):
     def wait(self, selection: Tensor) -> Resident:
         """Return when every block of `selection` is in fast memory; fetch what nobody requested. -1 gets any slot."""
 
+    def release(self, kept: Tensor) -> None:
+        """Of the blocks that exist, only those of `kept` [B, Hkv, K] will be asked for again; -1 is none.
+
+        A store may free the others (`EvictingPool`); most have no need to.
+        """
+
     @abstractmethod
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens."""

@@ -12,18 +12,23 @@ goes over the pieces of the store (`attend`), and so does a single token that is
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from attnpred.config import CacheConfig
+from attnpred.errors import ConfigError
 from attnpred.kernels import sparse_decode
 from attnpred.kernels.dense import AttentionTerms
+from attnpred.kernels.remaining import QUERIES, attend_blocks
 from attnpred.kernels.streamed import StreamedAttention, StreamedRows
 from attnpred.policies.base import Policy, View
+from attnpred.policies.left import Left
 from attnpred.policies.select import Zone, limit_late, select_blocks, zone_at
 from attnpred.predictor.memory import State, inside, spread
+from attnpred.shapes import num_blocks
 from attnpred.store.base import Store
 from attnpred.telemetry import LayerCounts
 
@@ -38,6 +43,13 @@ class LayerDecoder:
         self.corrects = policy.needs_query or (policy.corrects and config.late_share != 0)
         wanted = config.calibration_interval
         self.interval = policy.calibration if wanted is None else wanted
+        if policy.evicts:
+            self.interval = 0  # a true row would need what is gone
+            if config.per_query_head:
+                raise ConfigError(
+                    "got per_query_head with a policy that evicts, expected one selection per kv head: leave it out"
+                )
+        self.left = Left()
         # A policy that corrects freely has no use for a forecast, but a store that fetches does.
         is_free = policy.corrects and not policy.keeps and config.late_share is None and config.offload is None
         self.forecasts = not policy.needs_query and not is_free
@@ -51,11 +63,18 @@ class LayerDecoder:
         self.pending: tuple[Zone, Tensor] | None = None
         self.attended: tuple[Zone, Tensor] | None = None
         self.first_block: Tensor | None = None
+        self.left.clear()
+        self.settled: Zone | None = None
         self.steps = 0
 
     def fits(self, length: int) -> bool:
         """True where the dense path is to be taken because every block may be attended anyway."""
-        return self.config.dense_when_fits and zone_at(self.config, length).covers_all
+        return self.config.dense_when_fits and self._zone(length).covers_all
+
+    def _zone(self, length: int) -> Zone:
+        """Return the zone of a context of `length` tokens; a policy that chose once has one that only grows."""
+        zone, settled = zone_at(self.config, length), self.settled
+        return zone if settled is None else replace(zone, first_recent=settled.first_recent, free=settled.free)
 
     def observe(
         self,
@@ -81,12 +100,16 @@ class LayerDecoder:
         elif rows is not None and keys is not None:
             for start in range(0, store.length, store.piece_tokens):
                 rows.add(start, keys[:, :, start : start + store.piece_tokens])
+        if self.memory.every:
+            self._push_every(query, store, terms, mask, keys)
         self._take_in(query, store, terms, rows, keys)
 
     def attend(
         self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None, *, remember: bool
     ) -> Tensor:
         """Attend to everything: arguments as in `observe`, which this includes if `remember`. Returns [B, Hq, Q, D]."""
+        if self.left.kept is not None:
+            return self._attend_left(query, store, terms, mask)
         attention = StreamedAttention(query, store.length, terms, mask, store.piece_tokens)
         rows = self._begin(query, store, terms, mask) if remember else None
         whole = store.whole() if query.shape[2] == 1 else None
@@ -98,6 +121,8 @@ class LayerDecoder:
             if rows is not None:
                 rows.add(piece.start, piece.keys)
         if remember:
+            if self.memory.every:
+                self._push_every(query, store, terms, mask, None)
             self._take_in(query, store, terms, rows, None)
         return attention.result()
 
@@ -105,14 +130,18 @@ class LayerDecoder:
         """Prepare for a dense call; return what computes its last rows, if any are wanted."""
         self._note_padding(mask)
         self.pending = self.attended = None
+        if self.policy.keeps_decoded and (query.shape[2] > 1 or store.length == 1):  # a prompt, or a part of one
+            self.settled = zone_at(self.config, store.length)
         recent = min(query.shape[2], self.memory.rows)
-        if not recent or not self._needs_memory(store):
+        if self.memory.every or not recent or not self._needs_memory(store):
             return None
         shown = None if mask is None else mask[:, -recent:]
         return StreamedRows(query[:, :, -recent:], store.length, terms, shown, block_size=store.block_size)
 
     def _needs_memory(self, store: Store) -> bool:
-        return not self.policy.is_dense and not self.fits(store.length + self.config.history)
+        if self.policy.is_dense:
+            return False
+        return self.memory.every or not self.fits(store.length + self.config.history)
 
     def _take_in(
         self, query: Tensor, store: Store, terms: AttentionTerms, rows: StreamedRows | None, keys: Tensor | None
@@ -130,13 +159,53 @@ class LayerDecoder:
             self.memory.look(query[:, :, -1], terms.scale, selecting)
         self._forecast(query, store)
 
+    def _push_every(
+        self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None, keys: Tensor | None
+    ) -> None:
+        """Show the memory the rows of all queries of a dense call, some at a time."""
+        size, blocks = store.block_size, num_blocks(store.length, store.block_size)
+        shown = store.view()[0] if keys is None else keys
+        for first in range(0, query.shape[2], QUERIES):
+            part = query[:, :, first : first + QUERIES]
+            seen = store.length - query.shape[2] + first + part.shape[2]
+            allowed = None if mask is None else mask[:, first : first + QUERIES, :seen]
+            rows = StreamedRows(part, seen, terms, allowed, block_size=size)
+            for start in range(0, seen, store.piece_tokens):
+                rows.add(start, shown[:, :, start : min(start + store.piece_tokens, seen)])
+            row = rows.result(self._selecting(query, store))
+            self.memory.push(torch.nn.functional.pad(row, (0, blocks - row.shape[3])))
+
+    def _attend_left(self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
+        """Attend to all that eviction has left, and go on: `attend` for a policy that evicts."""
+        self._begin(query, store, terms, mask)
+        queries, blocks = query.shape[2], num_blocks(store.length, store.block_size)
+        ids = self.left.blocks(blocks)
+        keys, values, slots = store.wait(ids)
+        outputs, rows = [], []
+        for first in range(0, queries, QUERIES):
+            part, position = query[:, :, first : first + QUERIES], store.length - queries + first
+            shown = None if mask is None else mask[:, first : first + QUERIES]
+            output, maxima = attend_blocks(
+                part, keys, values, ids, slots, position, terms, shown, block_size=store.block_size
+            )
+            outputs.append(output)
+            wanted = part.shape[2] if self.memory.every else part.shape[2] - max(0, queries - self.memory.rows - first)
+            if self.memory.rows and wanted > 0:
+                row = maxima.new_zeros(*maxima.shape[:3], blocks + 1)
+                places = ids.masked_fill(ids < 0, blocks)[:, :, None].expand_as(maxima)
+                rows.append(row.scatter_(3, places, maxima)[:, :, -wanted:, :blocks])
+        for some in rows if self.memory.every else [torch.cat(rows, 2)] if rows else []:
+            self.memory.push(some)
+        self._take_in(query, store, terms, None, None)
+        return torch.cat(outputs, 2)
+
     def step(self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
         """Attend with one query per row, [B, Hq, D], whose key is already in the store; mask [B, L] or None.
 
         Returns [B, Hq, D].
         """
         selecting = self._selecting(query, store)
-        zone = zone_at(self.config, store.length)
+        zone = self._zone(store.length)
         self._seal(store)
         whole = self.memory.wants_all(query)
         if whole is not None:
@@ -168,7 +237,8 @@ class LayerDecoder:
         return output
 
     def _chooses_next(self) -> bool:
-        return self.steps % self.config.selection_interval == 0
+        # What is not chosen by a policy that evicts is gone, so it chooses at every step.
+        return self.policy.evicts or self.steps % self.config.selection_interval == 0
 
     def _same_blocks(self, zone: Zone) -> Tensor | None:
         """Return the selection of the last step as that of this one; None where a new one is to be made."""
@@ -275,10 +345,13 @@ class LayerDecoder:
     def _forecast(self, query: Tensor, store: Store) -> None:
         """Choose the blocks of the next token, from the past alone."""
         self.pending = None
-        zone = zone_at(self.config, store.length + 1)
+        zone = self._zone(store.length + 1)
         if self.forecasts and not (self.config.dense_when_fits and zone.covers_all):
             self.pending = zone, self._select(query, store, zone, None, None)
             store.request(self.pending[1])
+            if self.policy.evicts:
+                self.left.keep(self.pending[1], num_blocks(store.length, store.block_size))
+                store.release(self.pending[1])
 
     def _select(
         self, query: Tensor, store: Store, zone: Zone, terms: AttentionTerms | None, mask: Tensor | None
@@ -302,6 +375,7 @@ class LayerDecoder:
                     return selection
             scores = self.policy.score(view)
         scores = scores.to(query.device).expand(query.shape[0], self._selecting(query, store), -1)
+        scores = self.left.limit(scores)
         if self.config.hysteresis and self.attended is not None:
             last = self.attended[1].clamp_min(0)
             scores = scores.scatter_add(2, last, torch.full_like(last, self.config.hysteresis, dtype=scores.dtype))
@@ -313,7 +387,7 @@ class LayerDecoder:
             selection = select_blocks(scores, zone, self.first_block)
             self.counts.count_late(selection[..., zone.sinks : zone.sinks + zone.free], forecast, size)
             return selection
-        return select_blocks(scores, zone, self.first_block)
+        return self.left.strike(select_blocks(scores, zone, self.first_block))
 
     def _true_mass(self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
         """Return the probability mass that `query` puts on each block, [B, Hq, N]."""
@@ -357,6 +431,9 @@ class LayerDecoder:
         found: State = {"steps": self.steps} | {f"memory.{name}": x for name, x in self.memory.state().items()}
         if self.first_block is not None:
             found["first_block"] = self.first_block
+        found |= {f"left.{name}": x for name, x in self.left.state().items()}
+        if self.settled is not None:
+            found["settled"] = self.settled.length
         for name, chosen in (("pending", self.pending), ("attended", self.attended)):
             if chosen is not None:
                 found |= {f"{name}.length": chosen[0].length, f"{name}.blocks": chosen[1]}
@@ -367,21 +444,25 @@ class LayerDecoder:
         self.clear()
         self.memory.restore(inside("memory.", state))
         self.steps, self.first_block = state["steps"], state.get("first_block")
+        self.left.restore(inside("left.", state))
+        self.settled = zone_at(self.config, state["settled"]) if "settled" in state else None
         self.pending, self.attended = (
-            (zone_at(self.config, state[f"{name}.length"]), state[f"{name}.blocks"])
-            if f"{name}.blocks" in state
-            else None
+            (self._zone(state[f"{name}.length"]), state[f"{name}.blocks"]) if f"{name}.blocks" in state else None
             for name in ("pending", "attended")
         )
 
     def crop(self, length: int) -> None:
         """Tokens from `length` on were removed."""
         self.memory.crop(-(-length // self.config.block_size))
+        self.left.crop(-(-length // self.config.block_size))
+        if self.settled is not None and length < self.settled.length:
+            self.settled = None
         self.pending = self.attended = None
 
     def select(self, rows: Tensor) -> None:
         """Make the batch `rows` of the old one (beams)."""
         self.memory.select(rows)
+        self.left.select(rows)
         if self.first_block is not None:
             self.first_block = self.first_block[rows.to(self.first_block.device)]
         self._map_selections(lambda selection: selection[rows.to(selection.device)])
@@ -389,6 +470,7 @@ class LayerDecoder:
     def repeat(self, times: int) -> None:
         """Repeat each batch row `times` times."""
         self.memory.repeat(times)
+        self.left.repeat(times)
         if self.first_block is not None:
             self.first_block = self.first_block.repeat_interleave(times, 0)
         self._map_selections(lambda selection: selection.repeat_interleave(times, 0))

@@ -13,7 +13,7 @@ from pathlib import Path
 from attnpred.cli.main import main as attnpred
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "demo.json"
-POLICIES = ("predicted", "mean_key", "quest", "ema", "h2o", "last_step", "streaming", "oracle")
+POLICIES = ("predicted", "mean_key", "quest", "ema", "accumulated", "last_step", "streaming", "oracle")
 
 
 def run(arguments: list[str]) -> dict[str, object]:
@@ -35,7 +35,7 @@ def main() -> None:
     rows = {row["policy"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     for policy in args.policies.split(","):
         # Averages of past rows need a true row now and then: every 32nd step (docs/results/calibration.jsonl).
-        extra = ["--calibration", "32"] if policy in ("ema", "last_step", "h2o") else []
+        extra = ["--calibration", "32"] if policy in ("ema", "last_step", "accumulated") else []
         rows[policy] = run(["--policy", policy, *extra, *args.rest])
         print(json.dumps(rows[policy]), flush=True)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

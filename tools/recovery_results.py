@@ -23,7 +23,7 @@ RIVALS = (
     "ema:rate=0.02,calibration_interval=5",
     "ema:rate=0.1,calibration_interval=5",
     "ema:rate=0.3,calibration_interval=5",
-    "h2o:calibration_interval=5",
+    "accumulated:calibration_interval=5",
     "predicted:predictor=attention-predictor-cnn,calibration_interval=5",
     "mean_key_last",
     "mean_key",

@@ -30,6 +30,7 @@ from attnpred.store import estimate
 from attnpred.store.backing import open_backing
 from attnpred.store.base import Store
 from attnpred.store.estimate import dense_slots
+from attnpred.store.evicting import EvictingPool
 from attnpred.store.pool import BlockPool
 from attnpred.store.scratch import absolute
 from attnpred.store.tier import Tier
@@ -94,12 +95,21 @@ class TieredCache(Cache):
         self._warned = False
 
     def _make_store(self, index: int) -> Store:
+        if self.policy.evicts and index >= self.settings.dense_layers:
+            return self._make_evicting_store()
         if self.backing is None:
             return BlockPool(self.settings.block_size)
         slots: Callable[[int], int] = functools.partial(dense_slots, self.settings)
         if not self.policy.is_dense and index >= self.settings.dense_layers:
             slots = functools.partial(estimate.slots, self.settings)
         return TieredStore(self.settings.block_size, slots, self.backing, self._counts(index), index)
+
+    def _make_evicting_store(self) -> Store:
+        """Return a store in fast memory, also with `offload`: what is left is no more than the budget holds."""
+        # Recovery is measured against all keys, and layers that share keys may keep different blocks.
+        is_shared = bool(getattr(self.model_config, "num_kv_shared_layers", None))
+        kind = BlockPool if self.settings.measure_recovery or is_shared else EvictingPool
+        return kind(self.settings.block_size)
 
     def _counts(self, index: int) -> telemetry.LayerCounts:
         return self.counts.setdefault(index, telemetry.LayerCounts())
@@ -276,6 +286,8 @@ class TieredCache(Cache):
             decoder.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
+        for decoder in self.decoders.values():  # before anything is changed
+            decoder.left.require(self.get_seq_length() + int(tokens_to_remove), self.settings.block_size)
         super().crop(tokens_to_remove)
         length = self.get_seq_length()
         self.tokens = None if self.tokens is None else self.tokens[:, :length]

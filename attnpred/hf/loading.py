@@ -28,6 +28,7 @@ from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.policies.predicted import Predicted
 from attnpred.predictor.memory import inside
 from attnpred.predictor.pretrained import Predictor
+from attnpred.shapes import num_blocks
 from attnpred.store.backing import Backing
 from attnpred.store.safetensors_file import SafetensorsFile
 from attnpred.store.saved import SavedTier
@@ -87,7 +88,11 @@ def _fill(cache: TieredCache, file: SafetensorsFile, header: Header, device: tor
     for number, state in header.decoders.items():
         mine = f"decoders.{number}."
         tensors = {name: _tensor(file, header, name, device) for name in header.sums if name.startswith(mine)}
-        cache.decoder(int(number)).restore(state | inside(mine, tensors))
+        decoder = cache.decoder(int(number))
+        decoder.restore(state | inside(mine, tensors))
+        own = cache.layers[int(number) : int(number) + 1]  # none where it shares the keys of another
+        if decoder.left.kept is not None and own and type(own[0]) is TieredLayer:
+            own[0].store.release(decoder.left.blocks(num_blocks(header.length, header.block_size)))
 
 
 def _sealed(

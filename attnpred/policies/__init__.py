@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from attnpred.policies.accumulated import Accumulated
 from attnpred.policies.base import Policy
 from attnpred.policies.ema import Ema
 from attnpred.policies.freekv import FreeKV
@@ -13,6 +14,7 @@ from attnpred.policies.oracle import Oracle
 from attnpred.policies.predicted import Predicted
 from attnpred.policies.quest import Quest
 from attnpred.policies.recycled import Recycled
+from attnpred.policies.snapkv import SnapKV
 from attnpred.policies.streaming import Streaming
 
 POLICIES: dict[str, type[Policy[Any]]] = {
@@ -20,7 +22,9 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "streaming": Streaming,
     "last_step": LastStep,
     "ema": Ema,
+    "accumulated": Accumulated,
     "h2o": H2O,
+    "snapkv": SnapKV,
     "mean_key_last": MeanKeyLast,
     "mean_key": MeanKey,
     "quest": Quest,

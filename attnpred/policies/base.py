@@ -57,6 +57,10 @@ class Policy(ABC, Generic[M]):
     """Every how many steps it wants a true row, unless the settings say otherwise; 0 is never."""
     is_dense: ClassVar[bool] = False
     """Every step attends to everything."""
+    evicts: ClassVar[bool] = False
+    """What is not chosen is dropped for good: every choice is among what the last one has left."""
+    keeps_decoded: ClassVar[bool] = False
+    """With `evicts`: it chooses once, after a prompt, and keeps every token after that, beyond the budget."""
 
     def memory(self, config: CacheConfig, layer: int) -> Memory:
         """Return an empty memory for layer `layer` of the model."""
@@ -79,3 +83,11 @@ def placed(scores: Tensor, zone: Zone) -> Tensor:
 def widened(row: Tensor, zone: Zone) -> Tensor:
     """Return [B, Hs, N] from a row that may know fewer blocks."""
     return torch.nn.functional.pad(row, (0, max(0, zone.blocks - row.shape[-1])))[..., : zone.blocks]
+
+
+def newest_first(scores: Tensor, count: int) -> Tensor:
+    """Return scores [B, Hs, N] with which the newest `count` blocks come before all others, the newest of all first."""
+    blocks = scores.shape[-1]
+    first = max(0, blocks - count)
+    above = scores.amax(-1, keepdim=True) + torch.arange(1, blocks - first + 1, device=scores.device)
+    return torch.cat((scores[..., :first], above), -1)

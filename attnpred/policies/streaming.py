@@ -1,6 +1,6 @@
 """`streaming`: sinks and the most recent tokens, whatever they say (StreamingLLM, arXiv 2309.17453).
 
-The published method drops the rest for good and counts positions inside the cache; here positions stay as they are.
+The rest is dropped for good. The published method counts positions inside the cache; here positions stay as they are.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,9 @@ from attnpred.predictor.memory import NoMemory
 class Streaming(Policy[NoMemory]):
     """Keep sinks and the newest blocks up to the budget."""
 
-    source: ClassVar[str] = "arXiv 2309.17453, without eviction"
+    kind: ClassVar[str] = "eviction"
+    evicts: ClassVar[bool] = True
+    source: ClassVar[str] = "arXiv 2309.17453"
 
     def score(self, view: View[NoMemory]) -> Tensor:
         return torch.arange(view.zone.blocks, dtype=torch.float32).expand(1, 1, -1)

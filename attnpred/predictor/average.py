@@ -14,12 +14,12 @@ from attnpred.predictor.memory import Columns, Memory
 
 @final
 class Average(Memory):
-    """One fp32 row per head; `prompt_rows` of a prompt's last rows go into it."""
+    """One fp32 row per head; `prompt_rows` of a prompt's last rows go into it, or, if `every`, all of them."""
 
     remembers: ClassVar[tuple[str, ...]] = ("is_fresh",)
 
-    def __init__(self, keep: float, gain: float, prompt_rows: int) -> None:
-        self.keep, self.gain, self.rows = keep, gain, prompt_rows
+    def __init__(self, keep: float, gain: float, prompt_rows: int, every: bool = False) -> None:
+        self.keep, self.gain, self.rows, self.every = keep, gain, prompt_rows, every
         self.row = Columns()
         self.is_fresh = True
 
@@ -36,6 +36,10 @@ class Average(Memory):
 
     def push(self, rows: Tensor, attended: Tensor | None = None) -> None:
         current = self.row.reserve(rows.shape[0], rows.shape[1], rows.shape[3], rows.device)
+        if self.every and self.keep == self.gain == 1:  # they may be many
+            current.add_(rows.to(current.dtype).sum(2))
+            self.is_fresh = False
+            return
         for new in rows.to(current.dtype).unbind(2):
             if self.is_fresh:
                 current.copy_(new)

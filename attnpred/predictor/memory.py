@@ -115,6 +115,8 @@ class Memory(ABC):
 
     rows: int = 0
     """How many of a prompt's last attention rows it wants; 0 means that it takes no rows at all."""
+    every: bool = False
+    """It wants the rows of all queries of all dense calls, some at a time, and not only the last `rows`."""
     watches: ClassVar[bool] = False
     """It wants dense calls as a whole (`watch`)."""
     remembers: ClassVar[tuple[str, ...]] = ()

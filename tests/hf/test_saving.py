@@ -469,7 +469,7 @@ def test_loading_reads_next_to_nothing(offload: str | None, tmp_path: Path) -> N
     path, tokens = tmp_path / "a.kv", 32_000
     model = small_model(num_attention_heads=8, num_key_value_heads=8, head_dim=32, num_hidden_layers=2)
     settings = replace(SMALL, block_size=16, num_sink_tokens=16, recent_window=16, budget=80, offload=offload)
-    with attnpred.attach(model, policy="streaming", config=settings) as handle:
+    with attnpred.attach(model, policy="last_step", config=settings) as handle:
         cache = handle.new_cache()
         for index in range(2):
             keys = torch.randn(1, 8, tokens, 32, generator=torch.Generator().manual_seed(index))

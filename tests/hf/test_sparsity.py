@@ -20,7 +20,8 @@ from tests.hf.support import COVERING, SMALL, greedy, left_padded, predictor
 from tests.models import prompt, tiny_model
 
 NO_CALIBRATION = replace(SMALL, calibration_interval=0, late_share=0)
-POLICIES = ["streaming", "last_step", "ema", "predicted"]
+POLICIES = ["last_step", "ema", "predicted"]
+"""None that evicts: it leaves nothing outside the selection (`tests/hf/test_eviction.py`)."""
 
 
 def after_prompt(model: PreTrainedModel, policy: str, settings: attnpred.CacheConfig, batch: int = 2) -> TieredCache:

@@ -7,7 +7,7 @@ import torch
 
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
-from attnpred.policies import H2O, POLICIES, Ema, LastStep, MeanKey, Oracle, Predicted, Quest, Streaming
+from attnpred.policies import POLICIES, Accumulated, Ema, LastStep, MeanKey, Oracle, Predicted, Quest, Streaming
 from attnpred.policies.base import Policy, View
 from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.policies.select import select_blocks, zone_at
@@ -91,9 +91,9 @@ def test_ema_refuses_a_bad_rate(rate: float) -> None:
         Ema(rate)
 
 
-def test_h2o_adds_up_all_rows() -> None:
+def test_accumulated_adds_up_all_rows() -> None:
     rows = torch.rand(1, 1, 4, 25)
-    torch.testing.assert_close(H2O().score(view(H2O(), rows, 100)), rows.sum(2))
+    torch.testing.assert_close(Accumulated().score(view(Accumulated(), rows, 100)), rows.sum(2))
 
 
 def softmax_over_blocks(logits: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from attnpred.kernels.streamed import StreamedAttention, StreamedRows
 from attnpred.policies.base import Policy, View
 from attnpred.policies.left import Left
 from attnpred.policies.select import Zone, limit_late, select_blocks, zone_at
-from attnpred.predictor.memory import State, inside, spread
+from attnpred.predictor.memory import Memory, State, inside, spread
 from attnpred.shapes import num_blocks
 from attnpred.store.base import Store
 from attnpred.telemetry import LayerCounts
@@ -37,9 +37,18 @@ from attnpred.telemetry import LayerCounts
 class LayerDecoder:
     """State and step of one attention layer: memory, pending selection, counters."""
 
-    def __init__(self, config: CacheConfig, policy: Policy[Any], counts: LayerCounts, layer: int = 0) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        policy: Policy[Any],
+        counts: LayerCounts,
+        layer: int = 0,
+        leader: Memory | None = None,
+    ) -> None:
         self.config, self.policy, self.counts, self.layer = config, policy, counts, layer
         self.memory: Any = policy.memory(config, layer)
+        if leader is not None:
+            self.memory.follow(leader)
         self.corrects = policy.needs_query or (policy.corrects and config.late_share != 0)
         wanted = config.calibration_interval
         self.interval = policy.calibration if wanted is None else wanted

@@ -92,28 +92,46 @@ def measure(documents: Sequence[Document], policy: Policy[Any], settings: CacheC
     return Recovery(kept, best, hits, new, ratios, late, sum(x[2] for x in found) / len(found))
 
 
+class _Replayed:
+    """One layer of all documents side by side, and before it the layer that chooses for it, if there is one."""
+
+    def __init__(self, documents: Sequence[Document], layer: int, policy: Policy[Any], settings: CacheConfig) -> None:
+        ids = documents[0].layer_ids
+        leader = ids.index(policy.leader(ids[layer], ids))
+        self.before: _Replayed | None = None if leader == layer else _Replayed(documents, leader, policy, settings)
+        self.queries = torch.stack([document.queries[layer] for document in documents]).float()
+        self.keys = torch.stack([document.keys[layer] for document in documents]).float()
+        self.values = self.keys[..., :1] * 0  # what is attended to does not matter, only where
+        self.counts, self.pool = LayerCounts(), BlockPool(settings.block_size)
+        followed: Any = None if self.before is None else self.before.decoder.memory
+        self.decoder: LayerDecoder = LayerDecoder(settings, policy, self.counts, ids[layer], followed)
+        self.terms = AttentionTerms(documents[0].scale)
+        self.first = self.keys.shape[2] - self.queries.shape[2]
+        prompt = self.first + settings.history
+        self.pool.append(self.keys[:, :, :prompt], self.values[:, :, :prompt])
+        self.decoder.observe(self.queries[:, :, : settings.history], self.pool, self.terms, None, prompt=True)
+
+    def step(self, step: int) -> None:
+        """Decode the token of query `step`."""
+        if self.before is not None:
+            self.before.step(step)
+        place = slice(self.first + step, self.first + step + 1)
+        self.pool.append(self.keys[:, :, place], self.values[:, :, place])
+        self.decoder.step(self.queries[:, :, step], self.pool, self.terms, None)
+
+
 def _layer(
     documents: Sequence[Document], layer: int, policy: Policy[Any], settings: CacheConfig
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], LayerCounts, float]:
-    queries = torch.stack([document.queries[layer] for document in documents]).float()
-    keys = torch.stack([document.keys[layer] for document in documents]).float()
+    replayed = _Replayed(documents, layer, policy, settings)
+    queries, keys, decoder, counts = replayed.queries, replayed.keys, replayed.decoder, replayed.counts
     mass = torch.stack([document.mass[layer] for document in documents]).float()
     group = queries.shape[1] // keys.shape[1]
-    prompt, steps, length = settings.history, queries.shape[2], keys.shape[2]
-    counts = LayerCounts()
-    decoder = LayerDecoder(settings, policy, counts, documents[0].layer_ids[layer])
-    pool, terms = BlockPool(settings.block_size), AttentionTerms(documents[0].scale)
-    values = keys[..., :1] * 0  # what is attended to does not matter, only where
-    first = length - steps
-    pool.append(keys[:, :, : first + prompt], values[:, :, : first + prompt])
-    decoder.observe(queries[:, :, :prompt], pool, terms, None, prompt=True)
-    blocks = mass.shape[-1]
+    length, blocks = keys.shape[2], mass.shape[-1]
     last: Tensor | None = None
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for step in range(prompt, steps):
-        place = slice(first + step, first + step + 1)
-        pool.append(keys[:, :, place], values[:, :, place])
-        decoder.step(queries[:, :, step], pool, terms, None)
+    for step in range(settings.history, queries.shape[2]):
+        replayed.step(step)
         assert decoder.attended is not None
         selection = decoder.attended[1]
         chosen = torch.zeros(*selection.shape[:2], blocks + 1, dtype=torch.bool)

@@ -117,7 +117,10 @@ class TieredCache(Cache):
     def decoder(self, index: int) -> LayerDecoder:
         """Return the decoder of attention layer `index`, made at its first use."""
         if index not in self.decoders:
-            self.decoders[index] = LayerDecoder(self.settings, self.policy, self._counts(index), index)
+            choosing = [i for i, layer in enumerate(self.layers) if type(layer) is TieredLayer]
+            leader = self.policy.leader(index, [i for i in choosing if i >= self.settings.dense_layers])
+            memory = None if leader == index else self.decoder(leader).memory
+            self.decoders[index] = LayerDecoder(self.settings, self.policy, self._counts(index), index, memory)
         return self.decoders[index]
 
     def admit(self, tokens: int, batch: int = 1, dtype: torch.dtype | None = None) -> None:

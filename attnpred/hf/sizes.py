@@ -50,11 +50,14 @@ def layer_shapes(
     text = model_config.get_text_config(decoder=True)
     refuse_unsupported(text)
     shapes = []
-    for index, layer in enumerate(DynamicCache(config=model_config).layers):
+    layers = DynamicCache(config=model_config).layers
+    choosing = [i for i, layer in enumerate(layers) if is_served(layer) and i >= settings.dense_layers]
+    for index, layer in enumerate(layers):
         if is_served(layer):
             is_dense = policy.is_dense or index < settings.dense_layers
             one = _shape(text.per_layer_config[index], dtype.itemsize, is_dense)
-            memory = 0 if is_dense else memory_bytes(settings, policy, index, one, dtype, tokens)
+            follows = policy.leader(index, choosing) != index
+            memory = 0 if is_dense or follows else memory_bytes(settings, policy, index, one, dtype, tokens)
             shapes.append(replace(one, memory_bytes=memory * batch))
     return shapes
 

@@ -16,6 +16,7 @@ from attnpred.policies.quest import Quest
 from attnpred.policies.recycled import Recycled
 from attnpred.policies.snapkv import SnapKV
 from attnpred.policies.streaming import Streaming
+from attnpred.policies.tidal import TidalDecode
 
 POLICIES: dict[str, type[Policy[Any]]] = {
     "full": Full,
@@ -30,6 +31,7 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "quest": Quest,
     "freekv": FreeKV,
     "recycled": Recycled,
+    "tidal": TidalDecode,
     "oracle": Oracle,
     "predicted": Predicted,
 }

@@ -5,7 +5,7 @@ remembers of a layer is a `Memory` that it makes, that the decode step owns and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -65,6 +65,13 @@ class Policy(ABC, Generic[M]):
     def memory(self, config: CacheConfig, layer: int) -> Memory:
         """Return an empty memory for layer `layer` of the model."""
         return NoMemory()
+
+    def leader(self, layer: int, layers: Sequence[int]) -> int:
+        """Return the layer that chooses for `layer`: itself, or an earlier one, whose memory its own then follows.
+
+        layers: those that can choose, in order.
+        """
+        return layer
 
     def choose(self, view: View[M]) -> Tensor | None:
         """Return the selection that its scores lead to, where it can be had in one go; None: score, then choose."""

@@ -168,6 +168,10 @@ class Memory(ABC):
         """Take in one row by what was attended: block ids [B, Hs, K], -1 for none, and their maxima, of `blocks` blocks."""
         self.push(*spread(selection, maxima, blocks))
 
+    def follow(self, leader: "Memory") -> None:
+        """Go by `leader`, the memory of an earlier layer (`Policy.leader`); said once, before anything else."""
+        raise AssertionError(f"{type(self).__name__} follows no other layer")
+
     def wants_all(self, query: Tensor) -> Tensor | None:
         """Say which batch rows, [B], are to attend to everything with `query` [B, Hq, D] in this step; None: no row.
 

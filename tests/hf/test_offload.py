@@ -26,6 +26,7 @@ from attnpred.errors import StoreError, TierFullError
 from attnpred.hf import Attached, TieredCache
 from attnpred.hf.sizes import estimate_for
 from attnpred.policies import POLICIES, Policy, Predicted
+from attnpred.policies.tidal import TidalDecode
 from attnpred.store import backing, estimate
 from attnpred.store.disk import DiskTier
 from attnpred.store.fake import FakeTier
@@ -41,6 +42,8 @@ Run = tuple[Tensor, Tensor]
 
 
 def chosen(policy: str) -> Policy[Any] | str:
+    if policy == "tidal":  # whose layers by default all attend to everything in so small a model
+        return TidalDecode(sparse_layer_start=0)
     return Predicted(predictor()) if policy == "predicted" else policy
 
 

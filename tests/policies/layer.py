@@ -49,8 +49,9 @@ class Text:
 class Layer:
     """A decoder, the pool it reads, and what it has done: per step the output [B, Hq, D] and the blocks [B, Hkv, K]."""
 
-    def __init__(self, policy: Policy[Any], config: CacheConfig = CONFIG, layer: int = 0) -> None:
-        self.decoder, self.pool = LayerDecoder(config, policy, LayerCounts(), layer), BlockPool(config.block_size)
+    def __init__(self, policy: Policy[Any], config: CacheConfig = CONFIG, layer: int = 0, leader: Any = None) -> None:
+        self.decoder = LayerDecoder(config, policy, LayerCounts(), layer, leader)
+        self.pool = BlockPool(config.block_size)
         self.outputs: list[Tensor] = []
         self.blocks: list[Tensor] = []
 

@@ -16,6 +16,7 @@ from attnpred.predictor.incremental import IncrementalCNN
 from attnpred.predictor.key_summary import KeySummary
 from attnpred.predictor.memory import Columns, Memory, NoMemory, State
 from attnpred.predictor.recycled import Recycling
+from attnpred.predictor.shared_row import SharedRow
 from attnpred.predictor.streaming import Stream
 from attnpred.predictor.turning import Turning
 
@@ -34,6 +35,7 @@ MEMORIES: dict[str, Callable[[], Memory]] = {
     "given digest": lambda: Digest(P, GIVEN),
     "recycling": lambda: Recycling(2, None),
     "recycling by likeness": lambda: Recycling(1, 0.9),
+    "shared row": SharedRow,
     "turning": lambda: Turning(P),
     "stream": lambda: Stream(P, None, ROWS),
     "trained stream": lambda: Stream(P, GIVEN, ROWS),

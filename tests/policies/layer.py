@@ -16,6 +16,7 @@ from attnpred.store.pool import BlockPool
 from attnpred.telemetry import LayerCounts
 
 P, KV_HEADS, HEADS, DIM = 4, 2, 4, 8
+GROUP = HEADS // KV_HEADS
 SCALE = 0.5
 CONFIG = CacheConfig(
     budget=12 * P, block_size=P, num_sink_tokens=P, recent_window=2 * P, history=6, calibration_interval=0

@@ -1,6 +1,7 @@
 """`attnpred info`: what is installed and what there is to choose from; with `--model`, what that model's cache takes.
 
-The second needs the model's config alone, so it can be asked before anything large is downloaded.
+The second needs the model's config alone, so it can be asked before anything large is downloaded. `attnpred info policies`
+is a table of its own (`attnpred.cli.policy_table`).
 """
 
 import json
@@ -10,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from attnpred.cli import policy_table
+
 PACKAGES = ("attnpred", "torch", "transformers")
 
 DEFAULT_CONTEXT = 32768
@@ -17,6 +20,9 @@ DEFAULT_CONTEXT = 32768
 
 
 def info(
+    topic: Annotated[
+        str | None, typer.Argument(help="`policies`: kind, state, cost and source of each; left out: an overview.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Show instead what its KV cache takes: a Hub id, a local folder, or `demo`.")
     ] = None,
@@ -50,6 +56,13 @@ def info(
         "batch": batch,
     }
     given = {name: value for name, value in options.items() if value is not None}
+    if topic is not None:
+        if topic != "policies" or model is not None or given:
+            got = "policies with other options" if topic == "policies" else repr(topic)
+            raise ConfigError(f"got {got}, expected `policies` alone, or options alone (see attnpred info --help)")
+        rows = policy_table.collect()
+        print(json.dumps({"policies": rows}) if as_json else policy_table.text(rows))
+        return
     if model is None and given:
         option = "--" + next(iter(given)).replace("_", "-")
         raise ConfigError(f"got {option} without --model, expected the model whose cache it is about: add --model")

@@ -40,6 +40,36 @@ def test_text_names_every_policy(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in shown for name in POLICIES)
 
 
+def test_policies_are_a_table_from_their_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "policies", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["policies"]
+    assert list(rows) == list(POLICIES)
+    for name, row in rows.items():
+        kind = POLICIES[name]
+        assert (row["kind"], row["cost"], row["source"]) == (kind.kind, kind.cost, kind.source) and row["about"]
+        assert row["needs_query"] == (kind.needs_query or kind.corrects)
+        assert not (row["prefetchable"] and (kind.needs_query or kind.is_dense))
+    # 16-bit keys of 128 dimensions, blocks of 16: their bounds are 2 * 256 bytes, their mean 256, a row of fp32 is 4
+    state = {name: row["state_bytes_per_token"] for name, row in rows.items()}
+    assert (state["quest"], state["freekv"], state["mean_key"], state["ema"], state["recycled"]) == (
+        32,
+        32,
+        16,
+        0.25,
+        0.25,
+    )
+    assert state["full"] == state["oracle"] == 0 < state["predicted"] < 16
+
+
+def test_the_table_of_policies_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "policies"]) == 0
+    head, *rows, note = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["policy", "kind", "bytes/token"] and "512" in note
+    assert [row.split()[0] for row in rows] == list(POLICIES)
+    places = [head.index(title) for title in ("kind", "bytes/token", "prefetch", "source", "cost")]
+    assert all(row[place - 1] == " " != row[place] for row in rows for place in places)
+
+
 def sizes(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     """Return what `attnpred info --model ... --json` says of the demo model, or of another one that is given."""
     model = () if "--model" in arguments else ("--model", "demo")
@@ -153,6 +183,8 @@ def test_a_model_without_full_attention_is_one_line(tmp_path: Path, capsys: pyte
 
 
 MISTAKES = [
+    (["kernels"], "got 'kernels', expected `policies` alone, or options alone"),
+    (["policies", "--model", "demo"], "got policies with other options, expected `policies` alone"),
     (["--context", "100"], "got --context without --model, expected the model whose cache it is about: add --model"),
     (["--budget", "0"], "got --budget without --model, expected"),
     (["--offload-dtype", "int8"], "got --offload-dtype without --model, expected"),

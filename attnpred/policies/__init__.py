@@ -8,6 +8,7 @@ from attnpred.policies.ema import Ema
 from attnpred.policies.freekv import FreeKV
 from attnpred.policies.full import Full
 from attnpred.policies.h2o import H2O
+from attnpred.policies.hip import HiP
 from attnpred.policies.last_step import LastStep
 from attnpred.policies.mean_key import MeanKey, MeanKeyLast
 from attnpred.policies.oracle import Oracle
@@ -29,6 +30,7 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "mean_key_last": MeanKeyLast,
     "mean_key": MeanKey,
     "quest": Quest,
+    "hip": HiP,
     "freekv": FreeKV,
     "recycled": Recycled,
     "tidal": TidalDecode,

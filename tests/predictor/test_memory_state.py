@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnpred.predictor.average import Average
+from attnpred.predictor.centre_keys import CentreKeys
 from attnpred.predictor.cnn import PaperCNN, UnpaddedCNN
 from attnpred.predictor.digest import Digest, DigestMap
 from attnpred.predictor.history import History
@@ -36,6 +37,7 @@ MEMORIES: dict[str, Callable[[], Memory]] = {
     "recycling": lambda: Recycling(2, None),
     "recycling by likeness": lambda: Recycling(1, 0.9),
     "shared row": SharedRow,
+    "centre keys": lambda: CentreKeys(P),
     "turning": lambda: Turning(P),
     "stream": lambda: Stream(P, None, ROWS),
     "trained stream": lambda: Stream(P, GIVEN, ROWS),

@@ -71,10 +71,12 @@ class Remember(Policy[Recorder]):
 
 
 @torch.no_grad()
-def captured(model: Any, tokens: Tensor, rows: int, block_size: int = 16) -> Captured:
+def captured(
+    model: Any, tokens: Tensor, rows: int, block_size: int = 16, *, per_query_head: bool = False
+) -> Captured:
     """Return the true attention of the last `rows` queries of `tokens` [1, L], and what it came from.
 
-    Layers are the full-attention layers, in order.
+    Layers are the full-attention layers, in order. per_query_head: rows are [layers, Hq, T, N].
     """
     settings = CacheConfig(
         budget=3 * block_size,
@@ -84,6 +86,7 @@ def captured(model: Any, tokens: Tensor, rows: int, block_size: int = 16) -> Cap
         history=rows,
         dense_layers=0,
         dense_when_fits=False,
+        per_query_head=per_query_head,
     )
     policy = Remember(rows)
     with hf.attach(model, policy=policy, config=settings):

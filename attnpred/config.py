@@ -45,6 +45,11 @@ class CacheConfig:
     fast_limit, host_limit, disk_limit: bytes a cache may take of fast memory, host memory and disk; None is no limit.
         With `offload="disk"` and a host limit, host memory is filled first.
     fetch_timeout: seconds after which a block that has not arrived is an error.
+    layer_groups: a file of `attnpred analyse-layers`: layers of a group share the keys of distant tokens (PoD); None is no
+        sharing. The published windows are those below.
+    own_sinks, own_recent: first and last tokens for which every layer keeps keys of its own.
+    distant_gate: tau: a layer that shares leaves distant tokens out where the near ones are estimated to have at least this
+        share of its attention (published: 0.7); None is never. For policies that attend to everything.
     """
 
     budget: int | float = 1024
@@ -68,6 +73,10 @@ class CacheConfig:
     host_limit: int | None = None
     disk_limit: int | None = None
     fetch_timeout: float = 60.0
+    layer_groups: str | Path | None = None
+    own_sinks: int = 16
+    own_recent: int = 4080
+    distant_gate: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -78,6 +87,8 @@ class CacheConfig:
             ("calibration_interval", 0),
             ("selection_interval", 1),
             ("dense_layers", 0),
+            ("own_sinks", 0),
+            ("own_recent", 1),
         ):
             value = getattr(self, name)
             if name == "calibration_interval" and value is None:
@@ -97,6 +108,16 @@ class CacheConfig:
             raise ConfigError(f"got hysteresis={stays!r}, expected a number of at least 0")
 
         self._check_offload()
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        gate = self.distant_gate
+        if gate is not None and (isinstance(gate, bool) or not isinstance(gate, int | float) or not 0 < gate <= 1):
+            raise ConfigError(f"got distant_gate={gate!r}, expected a share above 0 and up to 1, or None")
+        if gate is not None and self.layer_groups is None:
+            raise ConfigError(f"got distant_gate={gate!r} without layer_groups, expected a file of analyse-layers")
+        if self.layer_groups is not None and self.offload is not None:
+            raise ConfigError(f"got layer_groups with offload={self.offload!r}, expected one of the two")
 
     def _check_offload(self) -> None:
         for name, known in (("offload", OFFLOADS), ("offload_dtype", OFFLOAD_DTYPES)):

@@ -15,6 +15,7 @@ FITS = "context fits the budget"
 DENSE_LAYER = "dense layer"
 DENSE_POLICY = "policy is full"
 SEVERAL = "several tokens in one call"
+SHARED = "distant keys are shared"
 NOT_ATTACHED = "model is not attached"
 FALLBACKS = (NOT_ATTACHED,)
 
@@ -39,6 +40,7 @@ class LayerCounts:
     the step came, arrived_late, which were on their way, and fetched_late, which nobody had requested; bytes fetched for
     selections, of these wasted (requested, never attended), streamed for dense passes, written; retries of reads;
     exposed_wait: seconds that steps waited for blocks.
+    Of layers that share keys: how many kv heads and tokens had distant ones, and for how many of them these were read.
     """
 
     steps: int = 0
@@ -66,6 +68,8 @@ class LayerCounts:
     bytes_written: int = 0
     retries: int = 0
     exposed_wait: float = 0.0
+    distant_asked: int = 0
+    distant_kept: int = 0
 
     def count_sparse(self, context: int, attended: int, blocks: int, read: int, full: int) -> None:
         """Count one sparse step."""
@@ -86,6 +90,17 @@ class LayerCounts:
             self.tokens_attended += context
             self.bytes_read += full
             self.full_bytes += full
+
+    def count_shared(self, context: int, attended: int, read: int, full: int, asked: int, kept: int) -> None:
+        """Count one decode step of a layer that shares keys; `attended` is the mean over kv heads."""
+        self.dense[SHARED] = self.dense.get(SHARED, 0) + 1
+        self.steps += 1
+        self.context_tokens += context
+        self.tokens_attended += attended
+        self.bytes_read += read
+        self.full_bytes += full
+        self.distant_asked += asked
+        self.distant_kept += kept
 
     def count_recovery(self, recovery: Tensor, best: Tensor) -> None:
         """Add the attention mass inside the selection and inside the best one, [B, Hq] each."""
@@ -126,6 +141,8 @@ class LayerCounts:
             result |= {name: getattr(self, name) for name in FETCHED}
             result["hit_rate"] = self.hits / self.selected if self.selected else 1.0
             result["exposed_wait_ms"] = self.exposed_wait * 1e3
+        if self.distant_asked:
+            result["distant_skipped"] = 1 - self.distant_kept / self.distant_asked
         if self.measured:
             recovery, best = float(self.recovery) / self.measured, float(self.best) / self.measured
             result |= {"attention_recovery": recovery, "recovery_ratio": recovery / best}

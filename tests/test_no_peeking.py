@@ -22,7 +22,7 @@ P, DIM, PROMPT, STEPS, WANTED, AT = 4, 8, 93, 8, 9, 4
 KV_HEADS, HEADS = 2, 4
 LEADERS = [name for name in POLICIES if POLICIES[name].leader is not Policy.leader]  # a layer by itself does not choose
 LOOKS = [n for n in POLICIES if (POLICIES[n].needs_query or POLICIES[n].keeps) and n not in LEADERS] + ["corrected"]
-FORECASTS = [*(name for name in POLICIES if name not in ("full", *LOOKS, *LEADERS)), "published"]
+FORECASTS = [*(name for name in POLICIES if name not in ("full", "pod", *LOOKS, *LEADERS)), "published"]
 
 
 def make(name: str) -> tuple[Policy, float | None]:

@@ -17,7 +17,7 @@ LAYERS = (  # highest first; those on one line never import each other
     ("evaluation", "report", "serving"),
     ("capture",),
     ("hf",),
-    ("decode",),
+    ("decode", "sharing"),
     ("policies", "store"),
     ("predictor",),
     ("kernels", "config", "telemetry"),

@@ -39,9 +39,21 @@ def attention(
         return _dense(module, query, key, value, attention_mask, dropout, terms, kwargs), None
     decoder, store = cache.decoder(index), layer.store
     remember = index >= cache.settings.dense_layers
+    if cache.sharing is not None and not layer.is_sparse and cache.sharing.concerns(index):
+        allowed = _everything(module, query, store.length, attention_mask, kwargs.get("is_causal"))
+        is_step = not layer.is_prompt and query.shape[2] == 1
+        if layer.reason is not None and not is_step:
+            decoder.counts.count_dense(layer.reason, query.shape[2], store.length, store.bytes())
+        output = cache.sharing.attend(index, query, terms, allowed, decoder.counts, count=is_step)
+        if remember:
+            decoder.observe(query, store, terms, allowed, prompt=layer.is_prompt)
+        return output.transpose(1, 2).contiguous(), None
     if layer.is_sparse:  # then so are the layers that share its keys, for they come later
         allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0, -1]
-        return decoder.step(query[:, :, 0], store, terms, allowed)[:, None], None
+        output = decoder.step(query[:, :, 0], store, terms, allowed)[:, None]
+        if cache.sharing is not None:
+            cache.sharing.settle(index)
+        return output, None
     if layer.is_prompt:
         output = _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
         if remember:

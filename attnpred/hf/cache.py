@@ -20,7 +20,7 @@ from attnpred import telemetry
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.errors import NotSparseError, UnsupportedModelError
-from attnpred.hf.choose import make_policy, make_settings
+from attnpred.hf.choose import make_policy, make_settings, make_sharing
 from attnpred.hf.layer import TieredLayer
 from attnpred.hf.sizes import estimate_for
 from attnpred.hf.support import is_served, refuse_unsupported
@@ -74,6 +74,7 @@ class TieredCache(Cache):
         refuse_unsupported(self.model_config)
         self.settings = make_settings(settings, overrides)
         self.policy = make_policy(policy, predictor, self.model_config, self.settings)
+        self.sharing = make_sharing(self.model_config, self.settings, self.policy)
         self.backing = None
         if self.settings.offload is not None:
             self.backing = open_backing(self.settings, pin=torch.cuda.is_available(), saved=saved)
@@ -97,6 +98,8 @@ class TieredCache(Cache):
     def _make_store(self, index: int) -> Store:
         if self.policy.evicts and index >= self.settings.dense_layers:
             return self._make_evicting_store()
+        if self.sharing is not None:
+            return self.sharing.new_store(index)
         if self.backing is None:
             return BlockPool(self.settings.block_size)
         slots: Callable[[int], int] = functools.partial(dense_slots, self.settings)
@@ -211,7 +214,8 @@ class TieredCache(Cache):
     def dense_reason(self, index: int, tokens: int, length: int) -> str | None:
         """Return why a later call of `tokens` tokens, to a length of `length`, must be dense; None if it need not."""
         if not self.is_attached:
-            if self.settings.strict or self.backing is not None:  # all of an offloaded cache need not fit anywhere
+            # all of an offloaded cache need not fit anywhere, and layers that share keys have not got all of them
+            if self.settings.strict or self.backing is not None or self.sharing is not None:
                 raise NotSparseError(
                     "got a model that is not attached, expected the sparse path: run inside attnpred.attach(model)"
                 )
@@ -270,6 +274,8 @@ class TieredCache(Cache):
         """Return counters per layer and in all (see `attnpred.telemetry`); averages are per decode step."""
         result = telemetry.report([self.decoders[i].counts for i in sorted(self.decoders)], sorted(self.decoders))
         result["fast_bytes"] = self.fast_bytes()
+        if self.sharing is not None:
+            result["saved_bytes"] = self.sharing.saved_bytes()
         if self.backing is not None:
             result["slow_bytes"] = self.backing.tier.used()
         return result
@@ -291,6 +297,8 @@ class TieredCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         for decoder in self.decoders.values():  # before anything is changed
             decoder.left.require(self.get_seq_length() + int(tokens_to_remove), self.settings.block_size)
+        if self.sharing is not None and tokens_to_remove <= 0:
+            self.sharing.check_crop(max(0, self.get_seq_length() + int(tokens_to_remove)))
         super().crop(tokens_to_remove)
         length = self.get_seq_length()
         self.tokens = None if self.tokens is None else self.tokens[:, :length]

@@ -7,12 +7,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from attnpred.config import CacheConfig
-from attnpred.errors import ConfigError
+from attnpred.errors import ConfigError, UnsupportedModelError
 from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.policies.predicted import Predicted
+from attnpred.predictor.layer_groups import LayerGroups
 from attnpred.predictor.pretrained import Predictor, shipped
+from attnpred.sharing import Sharing
 
 logger = logging.getLogger("attnpred")
 
@@ -31,6 +33,26 @@ def fingerprint(config: PreTrainedConfig) -> str:
     text = config.get_text_config(decoder=True)
     sizes = (text.num_hidden_layers, text.hidden_size, text.num_attention_heads, text.vocab_size)
     return "-".join([text.model_type, *map(str, sizes)])
+
+
+def make_sharing(config: PreTrainedConfig, settings: CacheConfig, policy: Policy[Any]) -> Sharing | None:
+    """Return how layers share keys, if `settings` say that they do. Raises `ConfigError`, `UnsupportedModelError`."""
+    if settings.layer_groups is None:
+        return None
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(f"got {text.model_type}, whose layers share keys already, expected no layer_groups")
+    if settings.distant_gate is not None and not policy.is_dense:
+        raise ConfigError("got distant_gate with a policy that selects blocks, expected pod or full: leave it out")
+    if policy.evicts:
+        raise ConfigError("got layer_groups with a policy that evicts, expected one that keeps all blocks")
+    groups = LayerGroups.load(Path(settings.layer_groups))
+    if groups.fingerprint != fingerprint(config):
+        raise ConfigError(
+            f"got {settings.layer_groups} of {groups.base_model} ({groups.fingerprint}) for {fingerprint(config)}, expected "
+            "the same model: run attnpred analyse-layers on this one"
+        )
+    return Sharing(groups.leaders(), settings)
 
 
 def make_policy(

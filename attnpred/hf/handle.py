@@ -17,10 +17,11 @@ from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError, NotSparseError, UnsupportedModelError
 from attnpred.hf.attention import attention, make_mask
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
-from attnpred.hf.choose import make_policy, make_settings
+from attnpred.hf.choose import make_policy, make_settings, make_sharing
 from attnpred.hf.support import is_served, refuse_unsupported
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
+from attnpred.policies.pod import Pod
 from attnpred.policies.predicted import Predicted
 from attnpred.predictor.pretrained import Predictor
 
@@ -39,6 +40,7 @@ class Attached:
         self._caches: list[dict[int, telemetry.LayerCounts]] = []
         self._fast_bytes = 0
         self._slow_bytes: dict[str, int] = {}
+        self._saved_bytes: int | None = None
         self._warned = False
         self._stock_implementation = model.config.get_text_config(decoder=True)._attn_implementation
         self._stock_generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
@@ -134,6 +136,8 @@ class Attached:
         if not known & {id(count) for count in counts.values()}:
             self._caches.append(counts)
         self._fast_bytes = max(self._fast_bytes, cache.fast_bytes())
+        if cache.sharing is not None:
+            self._saved_bytes = max(self._saved_bytes or 0, cache.sharing.saved_bytes())
         slow = {} if cache.backing is None else cache.backing.tier.used()
         self._slow_bytes |= {kind: max(size, self._slow_bytes.get(kind, 0)) for kind, size in slow.items()}
 
@@ -142,12 +146,14 @@ class Attached:
         indices = sorted({index for counts in self._caches for index in counts})
         result = telemetry.report([telemetry.total([c[i] for c in self._caches if i in c]) for i in indices], indices)
         result["fast_bytes"] = self._fast_bytes
+        if self._saved_bytes is not None:
+            result["saved_bytes"] = self._saved_bytes
         return result | ({"slow_bytes": dict(self._slow_bytes)} if self._slow_bytes else {})
 
     def reset_stats(self) -> None:
         """Forget the counters of earlier calls."""
         self._caches = []
-        self._fast_bytes, self._slow_bytes = 0, {}
+        self._fast_bytes, self._slow_bytes, self._saved_bytes = 0, {}, None
 
     def __enter__(self) -> "Attached":
         return self
@@ -191,6 +197,8 @@ def attach(
     settings = make_settings(config, overrides)
     refuse_unsupported(model.config)
     chosen = make_policy(policy, predictor, model.config, settings)
+    if make_sharing(model.config, settings, chosen) is None and isinstance(chosen, Pod):
+        logger.warning("got policy 'pod' without layer_groups: no keys are shared, and every step is dense")
     if isinstance(chosen, Predicted | PaperForecast):
         chosen.predictor.to(model.device)
     if not any(is_served(layer) for layer in DynamicCache(config=model.config).layers):

@@ -12,6 +12,7 @@ from attnpred.policies.hip import HiP
 from attnpred.policies.last_step import LastStep
 from attnpred.policies.mean_key import MeanKey, MeanKeyLast
 from attnpred.policies.oracle import Oracle
+from attnpred.policies.pod import Pod
 from attnpred.policies.predicted import Predicted
 from attnpred.policies.quest import Quest
 from attnpred.policies.recycled import Recycled
@@ -34,6 +35,7 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "freekv": FreeKV,
     "recycled": Recycled,
     "tidal": TidalDecode,
+    "pod": Pod,
     "oracle": Oracle,
     "predicted": Predicted,
 }

@@ -24,7 +24,7 @@ def _fields(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, length: int, size: int, count: int, per_item: int,
     selecting: int, ids: int = 0, slots: int = 0,
 ) -> Any:  # fmt: skip
-    """Return what the threads are told of query [B, Hq, D] in fp32; ids, slots: addresses of [B, Hs, count], 0 for all."""
+    """Return what the threads are told of query [B, Hq, D] in fp32 or bf16; ids, slots: addresses, 0 for all blocks."""
     batch, heads, dim = query.shape
     assert mask is None or mask.stride(-1) == 1
     shown, stride = (mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0) if mask is not None else (0, 0)
@@ -34,6 +34,7 @@ def _fields(
             0, batch, selecting, -(-count // per_item), per_item, count, heads // selecting, dim, values.shape[3], size,
             KINDS[keys.dtype], length, keys.shape[1], keys.stride(1) * width, values.stride(1) * width,
             keys.data_ptr(), values.data_ptr(), query.data_ptr(), ids, slots, shown, stride, 0, 0, 0, 0, 0,
+            query.dtype == torch.bfloat16,
         ],
         np.int64,
     )  # fmt: skip
@@ -56,9 +57,10 @@ def sparse_decode(
     """Same contract as `reference.sparse_decode`, for what it `serves`; a row that may attend to nothing gets zeros."""
     batch, heads, _ = query.shape
     selecting, chosen = selection.shape[1], selection.shape[2]
-    asked, ids = query.float().contiguous(), selection.contiguous()
+    asked, ids = _readable(query), selection.contiguous()
     places = ids if slots is None else slots.contiguous()
-    output, normaliser = torch.empty(batch, heads, values.shape[3]), torch.empty(batch, heads)
+    output = torch.empty(batch, heads, values.shape[3], dtype=asked.dtype)
+    normaliser = torch.empty(batch, heads)
     maxima = torch.empty(batch, selecting, chosen)
     extra = None if sinks is None else sinks.float()
     mask = None if mask is None else _in_one_piece(mask)
@@ -70,7 +72,7 @@ def sparse_decode(
         *threads(), work.do_items.address, fields, scale, softcap or 0.0, 0 if extra is None else extra.data_ptr(),
         output.data_ptr(), normaliser.data_ptr(), maxima.data_ptr(),
     )  # fmt: skip
-    return output.to(query.dtype), maxima, normaliser
+    return output if asked.dtype == query.dtype else output.to(query.dtype), maxima, normaliser
 
 
 class Parts(NamedTuple):
@@ -100,7 +102,7 @@ def dense_parts(
     """
     batch, heads, _ = query.shape
     kv_heads, tokens, dim = keys.shape[1], keys.shape[2], values.shape[3]
-    asked = query.float().contiguous()
+    asked = _readable(query)
     count = -(-tokens // UNIT)
     mask = None if mask is None else _in_one_piece(mask)
     fields = _fields(asked, keys, values, mask, tokens, UNIT, count, piece // UNIT, kv_heads)
@@ -125,6 +127,11 @@ def merged(parts: list[Parts], batch: int, heads: int, sinks: Tensor | None = No
     fields[work.TOPS], fields[work.SUMS], fields[work.FOUND] = tops.data_ptr(), sums.data_ptr(), found.data_ptr()
     work.merge_parts(fields, 0 if extra is None else extra.data_ptr(), output.data_ptr(), normaliser.data_ptr())
     return output, normaliser
+
+
+def _readable(query: Tensor) -> Tensor:
+    """Return the query in one piece, in fp32 or bf16."""
+    return (query if query.dtype in (torch.float32, torch.bfloat16) else query.float()).contiguous()
 
 
 def _in_one_piece(mask: Tensor) -> Tensor:

@@ -23,18 +23,20 @@ from torch import Tensor
 from attnpred.kernels.digest import digest_shares_reference
 from attnpred.kernels.numba_codes import VECTORS, finish_row, item, round_row
 from attnpred.kernels.numba_stream import choose_row, weigh_row
-from attnpred.kernels.numba_tools import compiled, pointer, share_out, take, threads
+from attnpred.kernels.numba_tools import compiled, pointer, share_out, take, threads, widen
 
 _PAYS = 1 << 16
 """Bytes of codes from which on it pays to have several threads."""
 
-# What the threads are told, by place.
+# What the threads are told, by place: of this call, of the layer (`Prepared`), of the choice, and of scratch memory.
 (
-    TAKEN, ROWS, OWN, KV_HEADS, GROUP, DIM, RANK, BLOCKS, QUADS, MOST_ITEMS, QUERY, PROJECTION, PER_BATCH, ROUNDED,
-    SCALES, SUMS, FOUND, STARTS, CODES, VECTOR_COUNTS, ESTIMATE, PEAKS, CAPACITY, RATES, WEIGHTS, OWN_WEIGHTS, DISTANCE,
-    SINKS, FIRST_RECENT, ZONE_BLOCKS, FREE, SELECTION, DIAGONAL,
-) = range(33)  # fmt: skip
-FIELDS = 33
+    TAKEN, ROWS, OWN, GROUP, BLOCKS, QUADS, QUERY, QUERY_KIND, ESTIMATE,
+    KV_HEADS, DIM, RANK, PROJECTION, PER_BATCH, CODES, VECTOR_COUNTS, DIAGONAL,
+    PEAKS, CAPACITY, RATES, WEIGHTS, OWN_WEIGHTS, DISTANCE, SINKS, FIRST_RECENT, ZONE_BLOCKS, FREE, SELECTION,
+    MOST_ITEMS, ROUNDED, SCALES, SUMS, FOUND, STARTS,
+) = range(34)  # fmt: skip
+FIELDS = 34
+_NO_CHOICE, _NO_SCRATCH = (0,) * 11, (0,) * 6
 
 
 @numba.njit
@@ -49,12 +51,12 @@ def _do_rows(data: Any) -> None:
     """Project and round the query of one row after the other."""
     f = numba.carray(data, FIELDS)
     rank, dim, group, quads = f[RANK], f[DIM], f[GROUP], f[QUADS]
-    asked = np.empty((group, rank), np.float32)
+    asked, query = np.empty((group, rank), np.float32), np.empty((group, dim), np.float32)
     while True:
         row = take(f.ctypes.data)
         if row >= f[ROWS]:
             break
-        query = numba.carray(pointer(f[QUERY] + row * group * dim * 4), (group, dim), np.float32)
+        widen(f[QUERY], f[QUERY_KIND], row * query.size, query)
         if f[DIAGONAL]:
             batch, head = row // f[OWN] // f[KV_HEADS], row // f[OWN] % f[KV_HEADS]
             diagonal = numba.carray(pointer(f[PROJECTION] + (batch * f[PER_BATCH] + head * dim) * 4), dim, np.float32)
@@ -169,72 +171,93 @@ def _run(parallel: int, count: int, do_rows: int, do_items: int, do_heads: int, 
     rounded[0] = scales[0] = starts[0] = sums[0] = found[0] = f[TAKEN] = 0
 
 
-class Codes(NamedTuple):
-    """Where the codes of B * Hkv rows lie (addresses), and how many vectors a block of each of the Hkv heads has."""
+class Prepared(NamedTuple):
+    """What is the same in every step of a layer, as long as its tables of codes lie where they are.
 
-    addresses: Any
-    vectors: Any
+    key: what it is for, as whoever keeps it says; told: fields KV_HEADS to DIAGONAL; block_bytes: codes of one block of
+    all heads; alive: what the addresses belong to. A copy of whoever keeps it has other addresses, and gets None.
+    """
+
+    key: tuple[float, ...]
+    told: tuple[int, ...]
+    block_bytes: int
+    alive: tuple[Any, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
 
 
-def codes_of(tables: Sequence[tuple[Sequence[int], int, Tensor]], batch: int, kv_heads: int) -> Codes:
-    """Return the codes of tables (their heads, vectors per block, codes [B, heads, capacity, bytes]), which stay alive."""
-    addresses, counts = np.zeros((batch, kv_heads), np.int64), np.zeros(kv_heads, np.int64)
+def prepare(
+    tables: Sequence[tuple[Sequence[int], int, Tensor]], batch: int, kv_heads: int, dim: int, projection: Tensor | None,
+    key: tuple[float, ...] = (),
+) -> Prepared:  # fmt: skip
+    """Return what `look` and `choose` need of tables: their heads, vectors per block, codes [B, heads, capacity, bytes].
+
+    projection [B or 1, Hkv, D, r], or its diagonal [B or 1, Hkv, D], then r is D or, if that is odd, one more; None where
+    queries are projected already.
+    """
+    addresses, counts, size = np.zeros((batch, kv_heads), np.int64), np.zeros(kv_heads, np.int64), 0
     for heads, vectors, codes in tables:
+        size += batch * len(heads) * codes.stride(2)
         for i, head in enumerate(heads):
             counts[head] = vectors
             for row in range(batch):
                 addresses[row, head] = codes.data_ptr() + row * codes.stride(0) + i * codes.stride(1)
-    return Codes(addresses.reshape(-1), counts)
+    rank, given = dim, (0, 0)
+    if projection is not None:
+        rank = projection.shape[-1] if projection.ndim == 4 else dim + dim % 2
+        given = projection.data_ptr(), projection[0].numel() if projection.shape[0] > 1 else 0
+    told = (kv_heads, dim, rank, *given, addresses.ctypes.data, counts.ctypes.data)
+    is_diagonal = projection is not None and projection.ndim == 3
+    return Prepared(
+        key, (*told, int(is_diagonal)), size, (addresses, counts, projection, *(codes for _, _, codes in tables))
+    )
 
 
 def _call(
-    query: Tensor, projection: Tensor | None, codes: Codes, rank: int, blocks: int, selecting: int, total: int,
-    chosen: tuple[int, ...] = (),
-) -> Tensor:  # fmt: skip
-    """Return the estimate [B, Hs, blocks] for query [B, Hq, D] in fp32, in one piece; `total`: bytes of codes."""
-    (batch, heads, dim), kv_heads = query.shape, codes.vectors.size
+    query: Tensor, prepared: Prepared, blocks: int, selecting: int, chosen: tuple[int, ...] = _NO_CHOICE
+) -> Tensor:
+    """Return the estimate [B, Hs, blocks] for query [B, Hq, D]; chosen: fields PEAKS to SELECTION."""
+    # Few and plain operations: at a decode step the interpreter is as cold as the data.
+    batch, heads, _ = query.shape
+    kind = 1 if query.dtype == torch.bfloat16 else 0
+    asked = query.contiguous() if kind or query.dtype == torch.float32 else query.float().contiguous()
     estimate = torch.empty(batch, selecting, blocks)
     group = heads // selecting
-    given = (0, 0) if projection is None else (projection.data_ptr(), projection[0].numel() * (projection.shape[0] > 1))
-    f = np.zeros(FIELDS, np.int64)
-    f[ROWS : QUADS + 1] = (
-        batch * selecting, selecting // kv_heads, kv_heads, group, dim, rank, blocks, (group + 3) // 4,
+    fields = np.array(
+        (
+            0, batch * selecting, selecting // prepared.told[0], group, blocks, (group + 3) // 4, asked.data_ptr(), kind,
+            estimate.data_ptr(), *prepared.told, *chosen, *_NO_SCRATCH,
+        ),
+        np.int64,
     )  # fmt: skip
-    f[QUERY : PER_BATCH + 1] = (query.data_ptr(), *given)
-    f[CODES : ESTIMATE + 1] = codes.addresses.ctypes.data, codes.vectors.ctypes.data, estimate.data_ptr()
-    f[PEAKS : PEAKS + len(chosen)] = chosen
-    f[DIAGONAL] = projection is not None and projection.ndim == 3
-    _run(*threads(total >= _PAYS), _do_rows.address, _do_items.address, _do_heads.address, f)
+    pays = blocks * prepared.block_bytes >= _PAYS
+    _run(*threads(pays), _do_rows.address, _do_items.address, _do_heads.address, fields)
     return estimate
 
 
-def _rank(projection: Tensor) -> int:
-    size = projection.shape[-1]
-    return size if projection.ndim == 4 else size + size % 2
-
-
-def look(query: Tensor, projection: Tensor, codes: Codes, blocks: int, selecting: int, total: int) -> Tensor:
-    """Return [B, Hs, blocks], what `Digest.look` estimates: query [B, Hq, D] in fp32.
-
-    projection [B or 1, Hkv, D, r], or its diagonal [B or 1, Hkv, D], then r is D or, if that is odd, one more.
-    """
-    return _call(query.contiguous(), projection, codes, _rank(projection), blocks, selecting, total)
+def look(query: Tensor, prepared: Prepared, blocks: int, selecting: int) -> Tensor:
+    """Return [B, Hs, blocks], what `Digest.look` estimates for query [B, Hq, D]."""
+    return _call(query, prepared, blocks, selecting)
 
 
 def choose(
-    query: Tensor, projection: Tensor, codes: Codes, blocks: int, selecting: int, total: int,
-    peaks: Tensor, weights: Tensor, distance: Tensor, sinks: int, first_recent: int, zone_blocks: int, free: int,
+    query: Tensor, prepared: Prepared, blocks: int, selecting: int,
+    peaks: Tensor, weights: Tensor, distances: Tensor, sinks: int, first_recent: int, zone_blocks: int, free: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return what `look` does, and a selection [B, Hs, K]: `kernels.choose` of what `kernels.weigh` gives for that."""
-    assert 0 <= sinks < first_recent <= min(blocks, peaks.shape[3]) and distance.numel() == first_recent - sinks
-    assert peaks.is_contiguous() and weights.is_contiguous() and 0 <= free <= first_recent - sinks
+    """Return what `look` does, and a selection [B, Hs, K]: `kernels.choose` of what `kernels.weigh` gives for that.
+
+    distances: the last of them are those of the blocks up to `first_recent`.
+    """
+    middle, capacity = first_recent - sinks, peaks.shape[3]
+    assert 0 <= sinks < first_recent <= min(blocks, capacity) and 0 <= free <= middle <= distances.numel()
     selection = torch.empty(query.shape[0], selecting, sinks + free + zone_blocks - first_recent, dtype=torch.int64)
     told = (
-        peaks.data_ptr(), peaks.shape[3], peaks.shape[2], weights.data_ptr(), weights.shape[0], distance.data_ptr(),
-        sinks, first_recent, zone_blocks, free, selection.data_ptr(),
+        peaks.data_ptr(), capacity, peaks.shape[2], weights.data_ptr(), weights.shape[0],
+        distances.data_ptr() + 4 * (distances.numel() - middle), sinks, first_recent, zone_blocks, free,
+        selection.data_ptr(),
     )  # fmt: skip
-    found = _call(query.contiguous(), projection, codes, _rank(projection), blocks, selecting, total, told)
-    return found, selection
+    return _call(query, prepared, blocks, selecting, told), selection
 
 
 def digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
@@ -245,6 +268,5 @@ def digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
     if not rows or not blocks:
         return torch.empty(rows, blocks)
     stored = codes if codes.stride(2) == 1 and codes.stride(1) == codes.shape[2] else codes.contiguous()
-    found = codes_of([(range(rows), vectors, stored[None])], 1, rows)
-    asked = query.float().reshape(1, rows * group, rank).contiguous()
-    return _call(asked, None, found, rank, blocks, rows, codes.numel())[0]
+    prepared = prepare([(range(rows), vectors, stored[None])], 1, rows, rank, None)
+    return _call(query.float().reshape(1, rows * group, rank), prepared, blocks, rows)[0]

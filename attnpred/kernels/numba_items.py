@@ -19,7 +19,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from attnpred.kernels.numba_tools import compiled, pointer, share_out, take
+from attnpred.kernels.numba_tools import compiled, narrow, pointer, share_out, take, widen
 from attnpred.kernels.numba_vectors import NONE, add_weighted, dots, powers
 
 LOG2E = math.log2(math.e)
@@ -28,9 +28,9 @@ _NONE = np.float32(NONE)
 # What the threads are told, by place.
 (
     TAKEN, BATCH, SELECTING, ITEMS, PER_ITEM, COUNT, GROUP, DIM, VALUE_DIM, SIZE, KIND, LENGTH, KV_HEADS, KEY_STRIDE,
-    VALUE_STRIDE, KEYS, VALUES, QUERY, IDS, SLOTS, MASK, MASK_STRIDE, MAXIMA, TOPS, SUMS, FOUND, SOFTCAP,
-) = range(27)  # fmt: skip
-FIELDS = 27
+    VALUE_STRIDE, KEYS, VALUES, QUERY, IDS, SLOTS, MASK, MASK_STRIDE, MAXIMA, TOPS, SUMS, FOUND, SOFTCAP, NARROW,
+) = range(28)  # fmt: skip
+FIELDS = 28
 
 
 @numba.njit
@@ -163,7 +163,8 @@ def do_items(data: Any) -> None:
 def _parts(parallel: int, count: int, work: int, fields: Any, scale: Any, softcap: Any) -> None:
     """Do all items; `fields` say of what, and where their parts go. The query is brought to quads and units first."""
     rows, group, dim = fields[BATCH] * fields[SELECTING], fields[GROUP], fields[DIM]
-    query = numba.carray(pointer(fields[QUERY]), (rows, group, dim), np.float32)
+    query = np.empty((rows, group, dim), np.float32)
+    widen(fields[QUERY], fields[NARROW], 0, query)
     padded = np.zeros((rows, (group + 3) // 4 * 4, dim), np.float32)
     factor, cap = np.float32(scale * np.float32(LOG2E)), np.full(1, softcap * np.float32(LOG2E), np.float32)
     for row in range(rows):
@@ -172,9 +173,8 @@ def _parts(parallel: int, count: int, work: int, fields: Any, scale: Any, softca
                 padded[row, i, d] = query[row, i, d] * factor
     fields[TAKEN], fields[QUERY], fields[SOFTCAP] = 0, padded.ctypes.data, cap.ctypes.data
     share_out(parallel, count, work, fields.ctypes.data)
-    padded[0, 0, 0] = cap[0] = (
-        0  # numba frees an array after its last use that it sees; what the threads read it does not see
-    )
+    # Numba frees an array after its last use that it sees; what the threads read it does not see.
+    padded[0, 0, 0] = cap[0] = 0
 
 
 @numba.njit
@@ -234,7 +234,7 @@ def decode(
     parallel: int, count: int, work: int, fields: Any, scale: Any, softcap: Any, sinks: int, output: int,
     normaliser: int, blocks: int,
 ) -> None:  # fmt: skip
-    """All of it; the last four are addresses."""
+    """All of it; the last four are addresses. With NARROW, query and output are bf16."""
     rows, items, quads = fields[BATCH] * fields[SELECTING], fields[ITEMS], (fields[GROUP] + 3) // 4
     maxima, tops = np.empty((rows, quads, fields[COUNT], 4), np.float32), np.empty((rows, items, quads, 4), np.float32)
     sums = np.empty((rows, items, quads, 4), np.float32)
@@ -242,7 +242,10 @@ def decode(
     fields[MAXIMA], fields[TOPS] = maxima.ctypes.data, tops.ctypes.data
     fields[SUMS], fields[FOUND] = sums.ctypes.data, found.ctypes.data
     _parts(parallel, count, work, fields, scale, softcap)
-    _merge(fields, sinks, output, normaliser, blocks)
+    wide = np.empty(rows * fields[GROUP] * fields[VALUE_DIM] if fields[NARROW] else 0, np.float32)
+    _merge(fields, sinks, wide.ctypes.data if wide.size else output, normaliser, blocks)
+    if wide.size:
+        narrow(wide, output)
     maxima[0, 0, 0, 0] = tops[0, 0, 0, 0] = sums[0, 0, 0, 0] = found[0, 0, 0, 0, 0] = 0  # they were in use until here
 
 

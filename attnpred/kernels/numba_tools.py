@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
@@ -107,3 +108,26 @@ def share_out(typing: Any, parallel: Any, count: Any, work: Any, data: Any) -> A
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@numba.njit
+def widen(address: int, kind: int, first: int, out: Any) -> None:
+    """Write to out the numbers at `address` from the `first` on: fp32 (0) or bf16 (1)."""
+    if kind == 0:
+        out.reshape(-1)[:] = numba.carray(pointer(address + 4 * first), out.size, np.float32)
+        return
+    stored = numba.carray(pointer(address + 2 * first), out.size, np.uint16)
+    bits = out.reshape(-1).view(np.int32)
+    for i in range(bits.size):
+        bits[i] = np.int32(stored[i]) << np.int32(16)
+
+
+@numba.njit
+def narrow(values: Any, address: int) -> None:
+    """Write fp32 values [n] to `address` as bf16, each the nearest, of two the even one."""
+    bits, stored = values.view(np.int32), numba.carray(pointer(address), values.size, np.uint16)
+    for i in range(values.size):
+        number = bits[i] + np.int32(0x7FFF) + ((bits[i] >> np.int32(16)) & np.int32(1))
+        stored[i] = (
+            np.uint16((number >> np.int32(16)) & np.int32(0xFFFF)) if values[i] == values[i] else np.uint16(0x7FC0)
+        )

@@ -36,7 +36,6 @@ class Predicted(Policy[Stream]):
         zone = view.zone
         return view.memory.score(self._weights(view), zone.sinks, zone.first_recent, zone.blocks)
 
-    @torch.no_grad()
     def choose(self, view: View[Stream]) -> Tensor:
         zone = view.zone
         return view.memory.choose(self._weights(view), zone.sinks, zone.first_recent, zone.blocks, zone.free)

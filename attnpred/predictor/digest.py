@@ -82,8 +82,7 @@ class Digest(Memory):
         self._estimate = torch.empty(0)
         self._asked: Asked | None = None  # what the estimate is to be computed for, until somebody wants it
         self.projections: tuple[float, Tensor] | None = None  # for which scale, and what
-        self.diagonals: tuple[float, Tensor] | None = None
-        self._found: tuple[tuple[int, ...], Any] | None = None  # where the codes lie, while their tables are those
+        self._prepared: Any = None  # for numba's kernels, while scale and tables are the same
 
     def state(self) -> State:
         """As of any memory, and the map where it was measured; one that was given comes with the memory."""
@@ -123,7 +122,7 @@ class Digest(Memory):
     def _lay_out(self, found: DigestMap, device: torch.device) -> DigestMap:
         """Make the tables of codes that the map asks for, and return the map as it is used on `device`."""
         self.map = found = found.each(lambda tensor: tensor.to(device))
-        self.projections = self.diagonals = None
+        self.projections = self._prepared = None
         for vectors in sorted(set(found.vectors)):
             heads = [head for head, own in enumerate(found.vectors) if own == vectors]
             codes = Columns(after=(vectors * found.keys.shape[3] // 2,), dtype=torch.int8)
@@ -179,7 +178,7 @@ class Digest(Memory):
     def select(self, rows: Tensor) -> None:
         self._settle()
         super().select(rows)
-        self.projections = self.diagonals = self._found = None
+        self.projections = self._prepared = None
         if self.map is not None and self.given is None:
             self.map = self.map.each(lambda tensor: tensor[rows.to(tensor.device)])
         self.estimate = self.estimate[rows.to(self.estimate.device)] if self.estimate.numel() else self.estimate
@@ -187,7 +186,7 @@ class Digest(Memory):
     def repeat(self, times: int) -> None:
         self._settle()
         super().repeat(times)
-        self.projections = self.diagonals = self._found = None
+        self.projections = self._prepared = None
         if self.map is not None and self.given is None:
             self.map = self.map.each(lambda tensor: tensor.repeat_interleave(times, 0))
         self.estimate = self.estimate.repeat_interleave(times, 0) if self.estimate.numel() else self.estimate
@@ -199,34 +198,29 @@ class Digest(Memory):
         """
         self._asked = Asked(query, scale, selecting, self._sealed)
 
-    def take_asked(self) -> "tuple[Asked, Tensor, Any, int] | None":
-        """Return what numba's kernels need for the estimate: what was asked, projection, codes and their bytes.
+    def take_asked(self) -> "tuple[Asked, Any] | None":
+        """Return what was asked, and the rest of what numba's kernels need to answer.
 
         None if it was computed already, or is not for them. Who takes it has to set `estimate`.
         """
         asked = self._asked
         if asked is None or asked.blocks == 0 or not kernels.has_native_selection(asked.query):
             return None
-        return (
-            asked,
-            self._native_projection(asked.scale),
-            self._where(asked.query.shape[0]),
-            self._bytes_of(asked.blocks),
-        )
+        return asked, self._for_numba(asked.scale)
 
-    def _bytes_of(self, blocks: int) -> int:
-        return sum(codes.data.shape[0] * len(heads) * codes.data.shape[3] for heads, _, codes in self.codes) * blocks
-
-    def _where(self, batch: int) -> Any:
-        """Return where the codes lie; the same as before while the tables are."""
-        lie = tuple(codes.data.data_ptr() for _, _, codes in self.codes)
-        if self._found is None or self._found[0] != lie:
-            assert self.map is not None
+    def _for_numba(self, scale: float) -> Any:
+        """Return what numba's kernels are told of this layer; the same as before while its tables are."""
+        lie = (scale, *[codes.data.data_ptr() for _, _, codes in self.codes])
+        if self._prepared is None or self._prepared.key != lie:
             from attnpred.kernels import numba_digest  # numba is loaded when it is used, not before
 
-            tables = [(heads, vectors, codes.data) for heads, vectors, codes in self.codes]
-            self._found = lie, numba_digest.codes_of(tables, batch, self.map.keys.shape[1])
-        return self._found[1]
+            assert self.map is not None
+            (heads, dim), projection = self.map.keys.shape[1:3], self._projection(scale)
+            if self.given is None:  # `mean_key_map`: all else is zero
+                projection = projection.diagonal(dim1=-2, dim2=-1).contiguous()
+            tables = [(own, vectors, codes.data) for own, vectors, codes in self.codes]
+            self._prepared = numba_digest.prepare(tables, tables[0][2].shape[0], heads, dim, projection, lie)
+        return self._prepared
 
     def _projection(self, scale: float) -> Tensor:
         """Return [B or 1, Hkv, D, r], what a query is multiplied with; made once for a model's scale."""
@@ -234,15 +228,6 @@ class Digest(Memory):
         if self.projections is None or self.projections[0] != scale:
             self.projections = scale, self.map.queries * (self.units * scale)
         return self.projections[1]
-
-    def _native_projection(self, scale: float) -> Tensor:
-        """Return the projection, or its diagonal [B or 1, Hkv, D] where it has nothing else (`mean_key_map`)."""
-        if self.given is not None:
-            return self._projection(scale)
-        if self.diagonals is None or self.diagonals[0] != scale:
-            self.diagonals = scale, self._projection(scale).diagonal(dim1=-2, dim2=-1).contiguous()
-            self.projections = None
-        return self.diagonals[1]
 
     def shares(self, query: Tensor, scale: float, selecting: int, blocks: int) -> Tensor:
         """Return `estimate` for `query` [B, Hq, D] and the first `blocks` blocks, without keeping it."""
@@ -252,9 +237,7 @@ class Digest(Memory):
         if kernels.has_native_selection(query):
             from attnpred.kernels import numba_digest  # numba is loaded when it is used, not before
 
-            where, size = self._where(query.shape[0]), self._bytes_of(blocks)
-            projection = self._native_projection(scale)
-            return numba_digest.look(query.float(), projection, where, blocks, selecting, size)
+            return numba_digest.look(query, self._for_numba(scale), blocks, selecting)
         batch, kv_heads = query.shape[0], self.map.keys.shape[1]
         own_selections = selecting // kv_heads  # 1, or G where each query head selects for itself
         grouped = query.float().view(batch, kv_heads, query.shape[1] // kv_heads, -1)

@@ -93,11 +93,12 @@ class Stream(Memory):
             return kernels.choose(self.score(weights, sinks, first_recent, blocks), sinks, first_recent, blocks, free)
         from attnpred.kernels import numba_digest  # numba is loaded when it is used, not before
 
-        asked, projection, codes, size = taken
-        distance = self._distance(first_recent - sinks)
+        asked, prepared = taken
+        if first_recent - sinks > self.distances.numel():
+            self._distance(first_recent - sinks)
         self.digest.estimate, selection = numba_digest.choose(
-            asked.query.float(), projection, codes, asked.blocks, asked.selecting, size,
-            self.peaks.data, weights, distance, sinks, first_recent, blocks, free,
+            asked.query, prepared, asked.blocks, asked.selecting, self.peaks.data, weights, self.distances,
+            sinks, first_recent, blocks, free,
         )  # fmt: skip
         return selection
 

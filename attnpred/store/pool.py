@@ -16,6 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from attnpred.kernels.decoding import HAS_NUMBA
 from attnpred.shapes import expect, num_blocks
 from attnpred.store.base import Piece, Resident, Store
 from attnpred.store.export import Export, exact_export
@@ -69,6 +70,12 @@ class BlockPool(Store):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         tokens, length = keys.shape[2], self.length
+        if tokens == 1 and self._is_one_more(keys, values):
+            from attnpred.kernels.numba_copy import write_token  # numba is loaded when it is used, not before
+
+            write_token(keys, values, *self._tensors, length)
+            self.length = length + 1
+            return
         needed = length + tokens
         held_keys, held_values = self._filled()
         if held_keys.numel() == 0:
@@ -85,6 +92,28 @@ class BlockPool(Store):
         held_keys.narrow(2, length, tokens).copy_(keys)
         held_values.narrow(2, length, tokens).copy_(values)
         self.length = needed
+
+    def _is_one_more(self, keys: Tensor, values: Tensor) -> bool:
+        """True where a token like those before is added, there is room for it, and numba can write it."""
+        held_keys, held_values = self._tensors
+        (batch, heads, _, dim), value_dim = keys.shape, values.shape[3]
+        return (
+            HAS_NUMBA
+            and self._deferred is None
+            and not self._is_shared
+            and held_keys.ndim == 4
+            and self.length < held_keys.shape[2]
+            and held_keys.is_cpu
+            and keys.is_cpu
+            and values.is_cpu
+            and held_keys.dtype == keys.dtype
+            and held_values.dtype == values.dtype
+            and (batch, heads, dim) == (held_keys.shape[0], held_keys.shape[1], held_keys.shape[3])
+            and (batch, heads, 1, value_dim) == values.shape
+            and value_dim == held_values.shape[3]
+            and keys.stride()[:2] + keys.stride()[3:] == (heads * dim, dim, 1)
+            and values.stride()[:2] + values.stride()[3:] == (heads * value_dim, value_dim, 1)
+        )
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
         batch, heads, _, dim = old.shape

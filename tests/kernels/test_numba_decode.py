@@ -167,3 +167,17 @@ def test_what_is_not_served_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(decoding, "HAS_NUMBA", False)
     decoding.sparse_decode(**problem_of())
     assert taken == ["torch"]
+
+
+def test_rounds_to_bfloat16_as_torch_does() -> None:
+    import numpy as np
+
+    from attnpred.kernels.numba_tools import narrow
+
+    torch.manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (20000,), dtype=torch.int64).int()
+    bits[:4000] = (bits[:4000] & ~0xFFFF) | 0x8000  # exactly between two
+    numbers = torch.cat((bits.view(torch.float32), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38])))
+    found = torch.empty(numbers.numel(), dtype=torch.bfloat16)
+    narrow(numbers.numpy().astype(np.float32), found.data_ptr())
+    torch.testing.assert_close(found, numbers.bfloat16(), rtol=0, atol=0, equal_nan=True)

@@ -1,5 +1,6 @@
 """A whole selection in one call equals its parts (estimate, weighing, choice), whatever the tables and the head sharing."""
 
+import copy
 from unittest import mock
 
 import pytest
@@ -106,6 +107,16 @@ def test_codes_are_found_again_after_they_moved() -> None:
     stream.seal(torch.randn(1, 2, 400 * 4, 8))  # the tables grow
     after = stream.digest.shares(query, 0.5, 2, 40)
     torch.testing.assert_close(after, before)
+
+
+def test_a_copy_looks_into_its_own_codes() -> None:
+    stream, query = stream_of(1, 2, 8, 40, False, 1), torch.randn(1, 4, 8)
+    before = stream.digest.shares(query, 0.5, 2, 40)
+    copied = copy.deepcopy(stream)
+    assert copied.digest._prepared is None  # addresses of the first one's memory, which may be gone by then
+    stream.digest.codes[0][2].data.zero_()
+    assert torch.equal(copied.digest.shares(query, 0.5, 2, 40), before)
+    assert not torch.equal(stream.digest.shares(query, 0.5, 2, 40), before)
 
 
 def test_same_result_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

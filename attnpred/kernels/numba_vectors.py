@@ -28,16 +28,28 @@ def _store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
 
-def _widened(builder: Any, kind: int, address: Any, lanes: int) -> Any:
+def _widened(context: Any, builder: Any, kind: int, address: Any, lanes: int) -> Any:
     """Load `lanes` stored numbers as fp32."""
-    floats = ir.VectorType(_FLOAT, lanes)
+    floats, longs = ir.VectorType(_FLOAT, lanes), ir.VectorType(_INT, lanes)
     if kind == 0:
         return _load(builder, address, floats)
-    if kind == 2:
+    if kind == 2 and "+f16c" in context.codegen().magic_tuple()[2].split(","):
         return builder.fpext(_load(builder, address, ir.VectorType(ir.HalfType(), lanes)), floats)
-    longs = ir.VectorType(_INT, lanes)
     words = builder.zext(_load(builder, address, ir.VectorType(_WORD, lanes)), longs)
-    return builder.bitcast(builder.shl(words, ir.Constant(longs, [16] * lanes)), floats)
+
+    def constant(value: int) -> Any:
+        return ir.Constant(longs, [value] * lanes)
+
+    if kind == 1:
+        return builder.bitcast(builder.shl(words, constant(16)), floats)
+    # LLVM would call a function that nobody has. The exponent of fp16 is 112 short of that of fp32, small numbers too.
+    size = builder.and_(words, constant(0x7FFF))
+    moved = builder.bitcast(builder.shl(size, constant(13)), floats)
+    scaled = builder.bitcast(builder.fmul(moved, ir.Constant(floats, [2.0**112] * lanes)), longs)
+    endless = builder.icmp_unsigned(">=", size, constant(0x7C00))  # infinite, or not a number
+    found = builder.select(endless, builder.or_(scaled, constant(0x7F800000)), scaled)
+    sign = builder.shl(builder.and_(words, constant(0x8000)), constant(16))
+    return builder.bitcast(builder.or_(found, sign), floats)
 
 
 def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -145,7 +157,7 @@ def dots(typing: Any, kind: Any, keys: Any, dim: Any, fours: Any, query: Any, ou
                     _load(builder, builder.add(asked, builder.mul(query_row, size(i))), floats) for i in range(4)
                 ]
                 for i in range(4):
-                    key = _widened(builder, stored, builder.add(at, builder.mul(key_row, size(i))), 16)
+                    key = _widened(context, builder, stored, builder.add(at, builder.mul(key_row, size(i))), 16)
                     for q in range(4):
                         total = totals[4 * i + q]
                         builder.store(_multiply_add(builder, key, queries[q], builder.load(total)), total)
@@ -207,7 +219,7 @@ def add_weighted(typing: Any, kind: Any, values: Any, dim: Any, tokens: Any, wei
                 with cgutils.for_range(builder, tokens) as token:
                     for line in range(0, lanes * _BYTES_OF[stored], 64):
                         _prefetch(builder, builder.add(later, builder.add(builder.mul(token.index, row), size(line))))
-                    value = _widened(builder, stored, builder.add(at, builder.mul(token.index, row)), lanes)
+                    value = _widened(context, builder, stored, builder.add(at, builder.mul(token.index, row)), lanes)
                     given = builder.add(weights, builder.mul(token.index, size(16)))
                     for q, total in enumerate(totals):
                         weight = _splat(builder, _load(builder, builder.add(given, size(4 * q)), _FLOAT), lanes)

@@ -71,9 +71,7 @@ class Remember(Policy[Recorder]):
 
 
 @torch.no_grad()
-def captured(
-    model: Any, tokens: Tensor, rows: int, block_size: int = 16, *, per_query_head: bool = False
-) -> Captured:
+def captured(model: Any, tokens: Tensor, rows: int, block_size: int = 16, *, per_query_head: bool = False) -> Captured:
     """Return the true attention of the last `rows` queries of `tokens` [1, L], and what it came from.
 
     Layers are the full-attention layers, in order. per_query_head: rows are [layers, Hq, T, N].

@@ -37,6 +37,16 @@ def generate(
     late_share: Annotated[
         float | None, typer.Option(help="Most of a selection that may be fetched late, 0 to 1; left out: no limit.")
     ] = None,
+    layer_groups: Annotated[
+        Path | None,
+        typer.Option(help="File of `attnpred analyse-layers`: these layers share the keys of distant tokens."),
+    ] = None,
+    own_sinks: Annotated[int, typer.Option(help="With --layer-groups: first tokens with keys in every layer.")] = 16,
+    own_recent: Annotated[int, typer.Option(help="With --layer-groups: last tokens with keys in every layer.")] = 4080,
+    distant_gate: Annotated[
+        float | None,
+        typer.Option(help="Leave distant tokens out where the others have this share; left out: never (policy pod)."),
+    ] = None,
     prefill_chunk: Annotated[
         int | None,
         typer.Option(min=1, help="Read the prompt in pieces of so many tokens; left out: all at once."),
@@ -78,6 +88,10 @@ def generate(
         fast_limit=fast_limit,
         host_limit=host_limit,
         disk_limit=disk_limit,
+        layer_groups=layer_groups,
+        own_sinks=own_sinks,
+        own_recent=own_recent,
+        distant_gate=distant_gate,
         strict=strict,
     )
     lm, tokenizer = load_model(model)
@@ -118,6 +132,8 @@ def generate(
                 file=sys.stderr,
             )
         print(f"fast memory: {counters['fast_bytes']:,} bytes", file=sys.stderr)
+        if "saved_bytes" in counters:
+            print(f"keys that layers share: {counters['saved_bytes']:,} bytes are not held", file=sys.stderr)
         if "hit_rate" in total:
             print(
                 f"{' and '.join(f'{kind}: {size:,} bytes' for kind, size in counters['slow_bytes'].items())}; "

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from attnpred.cli.analyse_layers import analyse_layers
 from attnpred.cli.bench import bench
 from attnpred.cli.capture import capture
 from attnpred.cli.demo import demo
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "capture": capture,
     "train": train,
+    "analyse-layers": analyse_layers,
     "eval": evaluate,
     "bench": bench,
     "info": info,

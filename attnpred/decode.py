@@ -22,11 +22,12 @@ from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.kernels import sparse_decode
 from attnpred.kernels.dense import AttentionTerms
+from attnpred.kernels.probe import block_logits
 from attnpred.kernels.remaining import QUERIES, attend_blocks
 from attnpred.kernels.streamed import StreamedAttention, StreamedRows
 from attnpred.policies.base import Policy, View
 from attnpred.policies.left import Left
-from attnpred.policies.select import Zone, limit_late, select_blocks, zone_at
+from attnpred.policies.select import Zone, limit_late, select_blocks, without_left_out, zone_at
 from attnpred.predictor.memory import Memory, State, inside, spread
 from attnpred.shapes import num_blocks
 from attnpred.store.base import Store
@@ -373,10 +374,19 @@ class LayerDecoder:
             mass = self._true_mass(query, store, terms, mask)
             return mass.unflatten(1, (self._selecting(query, store), -1)).sum(2)
 
+        def logits_of(blocks: Tensor) -> Tensor:
+            assert terms is not None
+            self.counts.calibration_bytes += blocks.numel() * store.block_size * query.shape[2] * query.element_size()
+            keys, _, slots = store.wait(blocks)
+            return block_logits(
+                query, keys, blocks, store.length, block_size=store.block_size, scale=terms.scale,
+                softcap=terms.softcap, mask=mask, slots=slots,
+            )  # fmt: skip
+
         if self.memory.is_empty:
             scores = torch.zeros(1, 1, zone.blocks, device=query.device)
         else:
-            view = View(self.memory, zone, self.layer, terms is not None, block_mass)
+            view = View(self.memory, zone, self.layer, terms is not None, block_mass, logits_of)
             is_limited = terms is not None and self.pending is not None and self.config.late_share is not None
             if self.chooses and self.first_block is None and not is_limited:
                 selection = self.policy.choose(view)
@@ -396,7 +406,8 @@ class LayerDecoder:
             selection = select_blocks(scores, zone, self.first_block)
             self.counts.count_late(selection[..., zone.sinks : zone.sinks + zone.free], forecast, size)
             return selection
-        return self.left.strike(select_blocks(scores, zone, self.first_block))
+        selection = self.left.strike(select_blocks(scores, zone, self.first_block))
+        return without_left_out(selection, scores, zone) if self.policy.leaves_out else selection
 
     def _true_mass(self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None) -> Tensor:
         """Return the probability mass that `query` puts on each block, [B, Hq, N]."""
@@ -417,6 +428,9 @@ class LayerDecoder:
         blocks = selection.shape[2]
         unfilled = zone.blocks * store.block_size - store.length
         read = selection.numel() * store.block_bytes()
+        if self.policy.leaves_out:  # heads differ: their mean
+            chosen = int((selection >= 0).sum())
+            read, blocks = chosen * store.block_bytes(), round(chosen / (selection.shape[0] * selection.shape[1]))
         self.counts.count_sparse(store.length, blocks * store.block_size - unfilled, blocks, read, store.bytes())
         if self.config.measure_recovery:
             mass = self._true_mass(query, store, terms, mask)

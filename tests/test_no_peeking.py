@@ -14,6 +14,7 @@ from attnpred.kernels.dense import AttentionTerms
 from attnpred.policies import POLICIES, Predicted
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
+from attnpred.policies.tactic import Tactic
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.store.pool import BlockPool
 from attnpred.telemetry import LayerCounts
@@ -32,6 +33,8 @@ def make(name: str) -> tuple[Policy, float | None]:
         return PaperForecast(Predictor(PredictorConfig(block_size=P))), None
     if name in ("predicted", "corrected"):
         return Predicted(Predictor(PredictorConfig("streaming", block_size=P))), 0 if name == "predicted" else None
+    if name == "tactic":  # in a cluster of several blocks one of them may go unnoticed
+        return Tactic(cluster_size=P), None
     return POLICIES[name](), None
 
 

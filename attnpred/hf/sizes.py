@@ -102,7 +102,9 @@ def _remembered(
         memory.push(row[:, :, None].expand(-1, -1, memory.rows, -1))
     memory.look(query.to(dtype), layer.key_dim**-0.5, selecting)
     if not memory.is_empty:
-        policy.score(View(memory, zone, index, True, lambda: row))  # some keep what they computed for a score
+        # some keep what they computed for a score
+        probe = torch.zeros(1, query.shape[1], 1)
+        policy.score(View(memory, zone, index, True, lambda: row, lambda ids: probe.expand(1, -1, ids.shape[2])))
     return memory.bytes()
 
 

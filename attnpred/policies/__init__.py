@@ -18,6 +18,7 @@ from attnpred.policies.quest import Quest
 from attnpred.policies.recycled import Recycled
 from attnpred.policies.snapkv import SnapKV
 from attnpred.policies.streaming import Streaming
+from attnpred.policies.tactic import Tactic
 from attnpred.policies.tidal import TidalDecode
 
 POLICIES: dict[str, type[Policy[Any]]] = {
@@ -31,6 +32,7 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "mean_key_last": MeanKeyLast,
     "mean_key": MeanKey,
     "quest": Quest,
+    "tactic": Tactic,
     "hip": HiP,
     "freekv": FreeKV,
     "recycled": Recycled,

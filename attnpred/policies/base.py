@@ -29,6 +29,8 @@ class View(Generic[M]):
 
     layer: index in the model. is_current: the query that the memory has looked at last is the one that will attend;
     otherwise it is the one before. block_mass: computes the step's true attention per block, [B, Hs, N]: evaluation only.
+    block_logits: of the blocks [B, Hq, S], ids of full or open blocks, the logarithm of the summed exponentials of their
+    logits, [B, Hq, S], for the query of this step: reads their keys.
     """
 
     memory: M
@@ -36,6 +38,7 @@ class View(Generic[M]):
     layer: int = 0
     is_current: bool = False
     block_mass: Callable[[], Tensor] | None = None
+    block_logits: Callable[[Tensor], Tensor] | None = None
 
 
 class Policy(ABC, Generic[M]):
@@ -55,6 +58,8 @@ class Policy(ABC, Generic[M]):
     """What it corrects depends on its forecast, so there is one even where nothing is fetched."""
     calibration: ClassVar[int] = 0
     """Every how many steps it wants a true row, unless the settings say otherwise; 0 is never."""
+    leaves_out: ClassVar[bool] = False
+    """A block whose score is -inf is not attended to, even where the budget has room for it."""
     is_dense: ClassVar[bool] = False
     """Every step attends to everything."""
     evicts: ClassVar[bool] = False

@@ -65,6 +65,14 @@ def select_blocks(scores: Tensor, zone: Zone, first_block: Tensor | None = None)
     return torch.cat((sinks, chosen, recent), -1)
 
 
+def without_left_out(selection: Tensor, scores: Tensor, zone: Zone) -> Tensor:
+    """Return `selection` with -1 for the chosen blocks whose score [B, Hs, N] is -inf."""
+    chosen = selection[..., zone.sinks : zone.sinks + zone.free]
+    left_out = scores.gather(2, chosen.clamp_min(0)) == -torch.inf
+    ends = selection[..., : zone.sinks], selection[..., zone.sinks + zone.free :]
+    return torch.cat((ends[0], chosen.masked_fill(left_out, -1), ends[1]), -1)
+
+
 def limit_late(scores: Tensor, zone: Zone, forecast: Tensor, late: int, first_block: Tensor | None = None) -> Tensor:
     """Return `scores` with which at most `late` blocks outside `forecast` are chosen: the best of them.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnpred.predictor.average import Average
 from attnpred.predictor.centre_keys import CentreKeys
+from attnpred.predictor.clusters import Clusters
 from attnpred.predictor.cnn import PaperCNN, UnpaddedCNN
 from attnpred.predictor.digest import Digest, DigestMap
 from attnpred.predictor.history import History
@@ -38,6 +39,7 @@ MEMORIES: dict[str, Callable[[], Memory]] = {
     "recycling by likeness": lambda: Recycling(1, 0.9),
     "shared row": SharedRow,
     "centre keys": lambda: CentreKeys(P),
+    "clusters": lambda: Clusters(P, 12, 3, 16),
     "turning": lambda: Turning(P),
     "stream": lambda: Stream(P, None, ROWS),
     "trained stream": lambda: Stream(P, GIVEN, ROWS),

@@ -41,7 +41,7 @@ def describe(name: str) -> dict[str, Any]:
     state = 0.0
     if not kind.is_dense:
         config: Any = None  # only asked for where no predictor is named
-        policy = make_policy(name, "general", config, settings)
+        policy = kind() if kind.reads_tokens else make_policy(name, "general", config, settings)
         layer = LayerShape(KV_HEADS, DIM, DIM, torch.bfloat16.itemsize, GROUP)
         small, large = (memory_bytes(settings, policy, 0, layer, torch.bfloat16, tokens) for tokens in CONTEXTS)
         state = (large - small) / (CONTEXTS[1] - CONTEXTS[0]) / KV_HEADS

@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from attnpred.errors import UnsupportedModelError
+from attnpred.errors import ConfigError, UnsupportedModelError
 from attnpred.hf.cache import LAST_UPDATED
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.streamed import StreamedAttention
+
+TOKENS: ContextVar[Tensor | None] = ContextVar("attnpred_tokens", default=None)
+"""Token ids [B, Q] of the call of the model that runs in this thread, if it was given ids."""
 
 QUERIES: ContextVar[int] = ContextVar("attnpred_queries", default=0)
 """Queries of the call of the model that runs in this thread."""
@@ -39,6 +42,8 @@ def attention(
         return _dense(module, query, key, value, attention_mask, dropout, terms, kwargs), None
     decoder, store = cache.decoder(index), layer.store
     remember = index >= cache.settings.dense_layers
+    if remember and decoder.policy.reads_tokens:
+        decoder.memory.read(_tokens(query), store.length)
     if cache.sharing is not None and not layer.is_sparse and cache.sharing.concerns(index):
         allowed = _everything(module, query, store.length, attention_mask, kwargs.get("is_causal"))
         is_step = not layer.is_prompt and query.shape[2] == 1
@@ -64,6 +69,21 @@ def attention(
     decoder.counts.count_dense(layer.reason, query.shape[2], store.length, store.bytes())
     allowed = _everything(module, query, store.length, attention_mask, kwargs.get("is_causal"))
     return decoder.attend(query, store, terms, allowed, remember=remember).transpose(1, 2).contiguous(), None
+
+
+def note_tokens(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Note the token ids that a model's embedding is called with: a forward pre-hook of it."""
+    TOKENS.set(arguments[0] if arguments else None)
+
+
+def _tokens(query: Tensor) -> Tensor:
+    """Return the token ids of this call. Raises `ConfigError` where it has none."""
+    ids = TOKENS.get()
+    if ids is None or ids.shape[0] != query.shape[0] or ids.shape[1] < query.shape[2]:
+        raise ConfigError(
+            "got a call without token ids, expected input_ids: this policy reads them, so inputs_embeds will not do"
+        )
+    return ids
 
 
 def make_mask(**kwargs: Any) -> Tensor | None:

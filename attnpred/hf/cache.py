@@ -96,10 +96,10 @@ class TieredCache(Cache):
         self._warned = False
 
     def _make_store(self, index: int) -> Store:
+        if self.sharing is not None:  # where layers share keys, nothing is freed: each may drop others
+            return self.sharing.new_store(index)
         if self.policy.evicts and index >= self.settings.dense_layers:
             return self._make_evicting_store()
-        if self.sharing is not None:
-            return self.sharing.new_store(index)
         if self.backing is None:
             return BlockPool(self.settings.block_size)
         slots: Callable[[int], int] = functools.partial(dense_slots, self.settings)

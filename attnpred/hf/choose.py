@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError, UnsupportedModelError
@@ -64,10 +64,23 @@ def make_policy(
     if policy not in POLICIES:
         raise ConfigError(f"got policy {policy!r}, expected one of {', '.join(POLICIES)}")
     if policy != "predicted":
-        return POLICIES[policy]()
+        made = POLICIES[policy]
+        return made.for_tokenizer(_tokenizer(config, policy)) if made.reads_tokens else made()
     chosen = _predictor(predictor, config)
     chosen.require(settings.block_size)
     return Predicted(chosen) if chosen.config.kind == "streaming" else PaperForecast(chosen)
+
+
+def _tokenizer(config: PreTrainedConfig, policy: str) -> Any:
+    """Return the tokenizer that lies where the model came from."""
+    place = getattr(config, "_name_or_path", "") or getattr(config, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, TypeError):
+        raise ConfigError(
+            f"got policy {policy!r} and no tokenizer at {place!r}, expected one beside the model: give the policy itself, "
+            f"made with {POLICIES[policy].__name__}.for_tokenizer(tokenizer)"
+        ) from None
 
 
 def _predictor(predictor: Predictor | str | Path | None, config: PreTrainedConfig) -> Predictor:

@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from attnpred import telemetry
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError, NotSparseError, UnsupportedModelError
-from attnpred.hf.attention import attention, make_mask
+from attnpred.hf.attention import attention, make_mask, note_tokens
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.choose import make_policy, make_settings, make_sharing
 from attnpred.hf.support import is_served, refuse_unsupported
@@ -51,6 +51,7 @@ class Attached:
         AttentionInterface.register(IMPLEMENTATION, attention)
         AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
         self._model.set_attn_implementation(IMPLEMENTATION)
+        self._note = self._model.get_input_embeddings().register_forward_pre_hook(note_tokens)
 
         @functools.wraps(self._stock_generate)
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -69,6 +70,7 @@ class Attached:
         if self._is_active:
             self._is_active = False
             del self._model.generate
+            self._note.remove()
             self._model.set_attn_implementation(self._stock_implementation)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -165,6 +165,7 @@ def described(policy: Policy[Any]) -> tuple[str, dict[str, Any], str | None]:
     """Return name, hyper-parameters and the hash of the predictor of a policy."""
     names: list[str] = [field.name for field in fields(policy)] if is_dataclass(policy) else []
     values = {name: getattr(policy, name) for name in names}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as in JSON
     predictor = values.pop("predictor", None)
     hyper = json.loads(_json(values))  # as they will be read
     return (

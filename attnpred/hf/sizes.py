@@ -101,6 +101,7 @@ def _remembered(
     if memory.rows:
         memory.push(row[:, :, None].expand(-1, -1, memory.rows, -1))
     memory.look(query.to(dtype), layer.key_dim**-0.5, selecting)
+    memory.read(torch.zeros(1, zone.length, dtype=torch.int64), zone.length)
     if not memory.is_empty:
         # some keep what they computed for a score
         probe = torch.zeros(1, query.shape[1], 1)

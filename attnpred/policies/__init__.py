@@ -16,6 +16,7 @@ from attnpred.policies.pod import Pod
 from attnpred.policies.predicted import Predicted
 from attnpred.policies.quest import Quest
 from attnpred.policies.recycled import Recycled
+from attnpred.policies.sepllm import SepLLM
 from attnpred.policies.snapkv import SnapKV
 from attnpred.policies.streaming import Streaming
 from attnpred.policies.tactic import Tactic
@@ -29,6 +30,7 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "accumulated": Accumulated,
     "h2o": H2O,
     "snapkv": SnapKV,
+    "sepllm": SepLLM,
     "mean_key_last": MeanKeyLast,
     "mean_key": MeanKey,
     "quest": Quest,

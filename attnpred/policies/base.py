@@ -7,7 +7,7 @@ remembers of a layer is a `Memory` that it makes, that the decode step owns and 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class Policy(ABC, Generic[M]):
     """What is not chosen is dropped for good: every choice is among what the last one has left."""
     keeps_decoded: ClassVar[bool] = False
     """With `evicts`: it chooses once, after a prompt, and keeps every token after that, beyond the budget."""
+    reads_tokens: ClassVar[bool] = False
+    """Its memory wants the token ids (`Memory.read`), and `for_tokenizer` makes one for a model's tokenizer."""
 
     def memory(self, config: CacheConfig, layer: int) -> Memory:
         """Return an empty memory for layer `layer` of the model."""
@@ -81,6 +83,11 @@ class Policy(ABC, Generic[M]):
     def choose(self, view: View[M]) -> Tensor | None:
         """Return the selection that its scores lead to, where it can be had in one go; None: score, then choose."""
         return None
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Any) -> "Policy[Any]":
+        """Return the policy for a model with this tokenizer (of transformers)."""
+        return cls()
 
     @abstractmethod
     def score(self, view: View[M]) -> Tensor:

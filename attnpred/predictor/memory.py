@@ -158,6 +158,9 @@ class Memory(ABC):
         """Blocks whose keys it has seen; -1 if it wants none."""
         return -1
 
+    def read(self, tokens: Tensor, length: int) -> None:
+        """Take in the ids [B, Q] of the tokens of a call, the last of a context of `length`, before anything else of it."""
+
     def look(self, query: Tensor, scale: float, selecting: int) -> None:
         """Take in one query per row, [B, Hq, D], and the scale of its logits, for `selecting` = Hs heads."""
 

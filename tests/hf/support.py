@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attnpred.config import CacheConfig
+from attnpred.policies import SepLLM
+from attnpred.policies.base import Policy
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 
 SMALL = CacheConfig(budget=64, block_size=4, num_sink_tokens=8, recent_window=8, history=8, dense_layers=0)
@@ -51,6 +53,11 @@ def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
         [torch.nn.functional.pad(torch.ones_like(row), sides) for row, sides in zip(rows, pad, strict=True)]
     )
     return tokens, mask
+
+
+def separators(policy: str) -> Policy[Any] | str:
+    """Return `policy`; for the one that needs a tokenizer, which the models here have not, with ids of its own."""
+    return SepLLM(tuple(range(3, 20)), most=12, neighbours=24) if policy == "sepllm" else policy
 
 
 @cache

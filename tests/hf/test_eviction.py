@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import attnpred
-from attnpred.errors import StoreError
+from attnpred.errors import ConfigError, StoreError
 from attnpred.hf import TieredCache
-from attnpred.policies import POLICIES
+from attnpred.policies import POLICIES, SepLLM
 from attnpred.store.evicting import EvictingPool
-from tests.hf.support import COVERING, SMALL, WHOLE, greedy, greedy_logits, left_padded
+from tests.hf.support import COVERING, SMALL, WHOLE, greedy, greedy_logits, left_padded, separators
 from tests.models import prompt, tiny_model
 
 EVICTING = [name for name in POLICIES if POLICIES[name].evicts]
@@ -30,7 +30,7 @@ LONG, NEW = 120, 24
 
 
 def test_there_are_some() -> None:
-    assert {"streaming", "h2o", "snapkv"} <= set(EVICTING)
+    assert {"streaming", "h2o", "snapkv", "sepllm"} <= set(EVICTING)
 
 
 @pytest.mark.parametrize("config", [WHOLE, COVERING], ids=["dense", "sparse"])
@@ -40,7 +40,7 @@ def test_with_the_whole_budget_it_is_stock(family: str, policy: str, config: att
     model = tiny_model(family)
     tokens, mask = left_padded([prompt(1, LONG), prompt(1, 77, 1)])
     stock = greedy(model, tokens, NEW, attention_mask=mask)
-    with attnpred.attach(model, policy=policy, config=config) as attached:
+    with attnpred.attach(model, policy=separators(policy), config=config) as attached:
         assert torch.equal(greedy(model, tokens, NEW, attention_mask=mask), stock)
     assert (attached.stats()["total"]["sparse_steps"] > 0) == (config is COVERING)
 
@@ -49,7 +49,7 @@ def test_with_the_whole_budget_it_is_stock(family: str, policy: str, config: att
 @pytest.mark.parametrize("policy", EVICTING)
 def test_below_it_memory_is_free_and_the_budget_holds(policy: str, block: int) -> None:
     model, config = tiny_model("llama"), replace(SMALL, block_size=block)
-    with attnpred.attach(model, policy=policy, config=config) as attached:
+    with attnpred.attach(model, policy=separators(policy), config=config) as attached:
         cache, kept = attached.new_cache(), TieredCache(model.config, policy="ema", settings=config)
         got = greedy(model, prompt(2, 400), NEW, past_key_values=cache)
         greedy(model, prompt(2, 400), NEW, past_key_values=kept)
@@ -110,9 +110,9 @@ WAYS = (beams, padded_batch, chunked_prefill, two_turns, prompt_lookup, forked)
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2"])
 def test_freeing_changes_no_token(family: str, policy: str, way: Callable[..., Tensor]) -> None:
     model, found = tiny_model(family), []
-    with attnpred.attach(model, policy=policy, config=SMALL):
+    with attnpred.attach(model, policy=separators(policy), config=SMALL):
         for config in (SMALL, replace(SMALL, measure_recovery=True)):
-            cache = TieredCache(model.config, policy=policy, settings=config)
+            cache = TieredCache(model.config, policy=separators(policy), settings=config)
             found.append(way(model, cache))
             freed = [layer.store for layer in cache.layers if isinstance(getattr(layer, "store", None), EvictingPool)]
             assert bool(freed) != config.measure_recovery
@@ -150,9 +150,9 @@ def test_operations(
     policy: str, operations: list[tuple[str, Any]], first: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     model, batch = tiny_model("llama"), 2
-    with attnpred.attach(model, policy=policy, config=SMALL):
+    with attnpred.attach(model, policy=separators(policy), config=SMALL):
         pair = [
-            TieredCache(model.config, policy=policy, settings=replace(SMALL, measure_recovery=kept))
+            TieredCache(model.config, policy=separators(policy), settings=replace(SMALL, measure_recovery=kept))
             for kept in (False, True)
         ]
         for place, (name, argument) in enumerate([("feed", first), *operations, ("feed", 1), ("feed", 1)]):
@@ -233,3 +233,22 @@ def test_a_crop_into_what_is_gone_leaves_the_cache_as_it_was() -> None:
             cache.crop(60 - cache.get_seq_length())
         assert "\n" not in str(caught.value) and cache.get_seq_length() == LONG + 3
         assert torch.equal(*(greedy(model, tokens, 4, past_key_values=c) for c in (cache, before)))
+
+
+def test_separators_come_from_the_tokenizer_beside_the_model_and_ids_from_its_embedding(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match=r"got policy 'sepllm' and no tokenizer at '', .* SepLLM.for_tokenizer"):
+        TieredCache(model.config, policy="sepllm")
+    text, tokenizer = attnpred.hf.load_model("demo")
+    made = TieredCache(text.config, policy="sepllm").policy
+    assert isinstance(made, SepLLM)
+    marks = {tokenizer.decode([i]) for i in made.separators}
+    assert {".", ","} <= marks and all(not set(mark) - set(".,?!;: \t\n") for mark in marks)
+    with attnpred.attach(model, policy=separators("sepllm"), config=SMALL) as attached:
+        cache, tokens = attached.new_cache(), prompt(2, 90)
+        out = greedy(model, tokens, 6, past_key_values=cache)
+        kept = cache.decoders[0].memory.marks.view().flatten(1)[:, :95]
+        assert torch.equal(kept.bool(), (out[:, :95] >= 3) & (out[:, :95] < 20)) and kept.any() and not kept.all()
+        with pytest.raises(ConfigError, match="got a call without token ids"), torch.no_grad():
+            model(inputs_embeds=torch.randn(1, 90, 32), past_key_values=attached.new_cache())
+    assert not model.get_input_embeddings()._forward_pre_hooks

@@ -30,7 +30,7 @@ from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy, View
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.store import safetensors_file
-from tests.hf.support import SMALL, left_padded, offloaded, predictor
+from tests.hf.support import SMALL, left_padded, offloaded, predictor, separators
 from tests.models import prompt, tiny_model
 
 OFFLOADS = (None, "cpu", "disk")
@@ -43,7 +43,7 @@ def predictor_of(policy: str) -> Predictor | None:
 
 
 def attached(policy: str, settings: CacheConfig = SMALL, family: str = "llama") -> attnpred.hf.Attached:
-    name = "predicted" if policy == "cnn" else policy
+    name = "predicted" if policy == "cnn" else separators(policy)
     return attnpred.attach(tiny_model(family), policy=name, config=settings, predictor=predictor_of(policy))
 
 
@@ -67,7 +67,7 @@ def saved(path: Path, policy: str = "ema", settings: CacheConfig = SMALL, batch:
     """Save a cache after a prompt and three steps, and return it; the model must be attached."""
     cache = TieredCache(
         tiny_model("llama").config,
-        policy="predicted" if policy == "cnn" else policy,
+        policy="predicted" if policy == "cnn" else separators(policy),
         settings=settings,
         predictor=predictor_of(policy),
     )

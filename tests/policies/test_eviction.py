@@ -16,7 +16,7 @@ from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.errors import ConfigError, StoreError
 from attnpred.kernels.dense import AttentionTerms
-from attnpred.policies import H2O, POLICIES, SnapKV, Streaming
+from attnpred.policies import H2O, POLICIES, SepLLM, SnapKV, Streaming
 from attnpred.policies.base import Policy
 from attnpred.policies.snapkv import Window
 from attnpred.store.base import Store
@@ -39,6 +39,7 @@ class Text:
         random = torch.Generator().manual_seed(seed)
         self.heads, self.group, self.tokens = kv_heads, group, tokens
         self.queries = torch.randn(batch, kv_heads * group, tokens, DIM, generator=random)
+        self.ids = torch.randint(0, 9, (batch, tokens), generator=random)
         self.keys, self.values = (torch.randn(batch, kv_heads, tokens, DIM, generator=random) for _ in range(2))
 
     def weights(self, head: int, t: int, tokens: list[int]) -> dict[int, float]:
@@ -123,6 +124,30 @@ class NaiveH2O(Naive):
         self.evict(stays | set(heavy))
 
 
+class NaiveSepLLM(Naive):
+    def prompt(self, length: int) -> None:
+        self.left = list(range(length))
+        self.after(length)
+
+    def step(self, t: int) -> None:
+        self.left.append(t)
+
+    def after(self, length: int) -> None:
+        policy, ids = SEPLLM, self.text.ids[0].tolist()
+        sinks, recent, free = self.places(length + 1)
+        first = max(0, length + 1 - policy.neighbours) // self.block
+        places: list[int] = []  # of separators before the neighbours, the newest `most` of them
+        for token in reversed(range(min(first * self.block, length))):
+            if ids[token] in policy.separators and len(places) < policy.most:
+                places.append(token)
+        last = length // self.block
+        stays = set(range(sinks)) | set(range(last + 1 - recent, last + 1))
+        neighbours = [block for block in range(first, last + 1) if block not in stays]
+        others = [block for block in self.blocks() if block not in stays and block < first]
+        others.sort(key=lambda block: (sum(token // self.block == block for token in places), block))
+        self.evict(stays | set((others + neighbours)[-free:]))
+
+
 class NaiveSnapKV(Naive):
     window, kernel = 12, 5
 
@@ -149,12 +174,19 @@ class NaiveSnapKV(Naive):
         """Nothing is evicted after the prompt."""
 
 
+SEPLLM = SepLLM((2, 5, 6), most=7, neighbours=14)
 CASES: dict[str, tuple[Policy[Any], type[Any]]] = {
     "streaming": (Streaming(), NaiveStreaming),
     "h2o": (H2O(), NaiveH2O),
     "snapkv": (SnapKV(window=12), NaiveSnapKV),
+    "sepllm": (SEPLLM, NaiveSepLLM),
 }
 SHAPES = [(1, 1), (4, 1), (4, 2)]
+
+
+def read(decoder: LayerDecoder, text: Text, first: int, last: int) -> None:
+    if decoder.policy.reads_tokens:
+        decoder.memory.read(text.ids[:, first:last], last)
 
 
 def begin(
@@ -162,6 +194,7 @@ def begin(
 ) -> tuple[LayerDecoder, AttentionTerms]:
     decoder, terms = LayerDecoder(config, policy, LayerCounts()), AttentionTerms(SCALE)
     store.append(text.keys[:, :, :length], text.values[:, :, :length])
+    read(decoder, text, 0, length)
     decoder.observe(text.queries[:, :, :length], store, terms, None, prompt=True, keys=text.keys[:, :, :length])
     return decoder, terms
 
@@ -173,6 +206,7 @@ def run(
     decoder, terms = begin(policy, config, text, store)
     for t in range(PROMPT, text.tokens):
         store.append(text.keys[:, :, t : t + 1], text.values[:, :, t : t + 1])
+        read(decoder, text, t, t + 1)
         yield t + 1, decoder, decoder.step(text.queries[:, :, t], store, terms, None)
 
 
@@ -204,7 +238,7 @@ def test_it_is_the_simulation(name: str, block: int, group: int) -> None:
                 torch.testing.assert_close(output[0, query_head], want, rtol=1e-4, atol=1e-5)
             one.after(length)
             assert set(held(store, head)) >= set(one.blocks())
-    assert any(one.blocks() != naive[0].blocks() for one in naive) == (name != "streaming")
+    assert any(one.blocks() != naive[0].blocks() for one in naive) == (name not in ("streaming", "sepllm"))
 
 
 def test_every_policy_that_evicts_has_a_simulation() -> None:
@@ -272,6 +306,7 @@ def test_a_call_of_several_tokens_attends_to_what_is_left(name: str, block: int,
     decoder, terms = begin(policy, config, text, store)
     naive = [kind(text, head, config) for head in range(2)]
     store.append(text.keys[:, :, PROMPT:], text.values[:, :, PROMPT:])
+    read(decoder, text, PROMPT, PROMPT + 20)
     output = decoder.attend(text.queries[:, :, PROMPT:], store, terms, None, remember=True)
     for head, one in enumerate(naive):
         one.prompt(PROMPT)
@@ -327,6 +362,9 @@ def test_a_short_prompt_is_kept_whole_by_snapkv() -> None:
         (lambda: H2O(float("nan")), "got recent_share=nan"),
         (lambda: SnapKV(window=0), "got window=0, expected a whole number of at least 1"),
         (lambda: SnapKV(kernel=4), "got kernel=4, expected an odd number"),
+        (lambda: SepLLM((1, -2)), "got separators=.1, -2., expected token ids"),
+        (lambda: SepLLM(most=-1), "got most=-1, expected a whole number of tokens of at least 0"),
+        (lambda: SepLLM(neighbours=2.5), "got neighbours=2.5"),
         (lambda: SnapKV(pooling="sum"), "got pooling='sum', expected 'avg' or 'max'"),
     ],
 )
@@ -351,3 +389,25 @@ def test_a_crop_into_what_is_gone_is_refused_before_anything_changes() -> None:
     with pytest.raises(StoreError, match="got a crop to 20 tokens"):
         store.crop(20)
     assert store.length == PROMPT
+
+
+def test_separators_are_the_tokens_made_of_marks_alone() -> None:
+    class Tokenizer:
+        words = ("a", ".", " ,", "a.", "\n\n", "", " ", "?!", "-", ".b")
+
+        def __len__(self) -> int:
+            return len(self.words)
+
+        def batch_decode(self, ids: list[list[int]]) -> list[str]:
+            return ["".join(self.words[i] for i in row) for row in ids]
+
+    assert SepLLM.for_tokenizer(Tokenizer()).separators == (1, 2, 4, 6, 7)
+
+
+def test_separators_without_token_ids_are_an_error() -> None:
+    text = Text(1, 1)
+    store = EvictingPool(4)
+    store.append(text.keys[:, :, :PROMPT], text.values[:, :, :PROMPT])
+    decoder = LayerDecoder(settings(4), SEPLLM, LayerCounts())
+    with pytest.raises(ConfigError, match="got no token ids, expected them: run this policy in a model inside"):
+        decoder.observe(text.queries[:, :, :PROMPT], store, AttentionTerms(SCALE), None, prompt=True)

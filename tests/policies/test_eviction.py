@@ -297,6 +297,15 @@ def test_a_store_that_frees_nothing_gives_the_same_bits(name: str) -> None:
         assert torch.equal(got, want) and torch.equal(one.attended[1], other.attended[1])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_it_chooses_at_every_step_whatever_the_interval(name: str) -> None:
+    """Or what is passed over for a few steps would come back."""
+    policy, text = CASES[name][0], Text(2, 2)
+    often, seldom = (run(policy, settings(4, selection_interval=n), text, EvictingPool(4)) for n in (1, 5))
+    for (_, one, _), (_, other, _) in zip(often, seldom, strict=True):
+        assert torch.equal(one.attended[1], other.attended[1])
+
+
 @pytest.mark.parametrize("block, group", SHAPES)
 @pytest.mark.parametrize("name", CASES)
 def test_a_call_of_several_tokens_attends_to_what_is_left(name: str, block: int, group: int) -> None:

@@ -16,6 +16,7 @@ size for the embedding and half of a head for a code, and must have room for thr
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -143,8 +144,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def logits(params: dict[str, Tensor], shape: Shape, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Return bf16 logits [B, L, vocab] for `tokens` and float `positions`, both [B, L]."""
+def logits(
+    params: dict[str, Tensor],
+    shape: Shape,
+    tokens: Tensor,
+    positions: Tensor,
+    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return bf16 logits [B, L, vocab] for `tokens` and float `positions`, both [B, L].
+
+    attend: another attention than the causal one, of layer i and its q, k, v [B, heads, L, head_dim].
+    """
     batch, length = tokens.shape
     heads, kv_heads, group = shape.heads, shape.kv_heads, shape.heads // shape.kv_heads
     angle = positions[:, None, :, None] * inverse_frequencies(shape)
@@ -166,7 +176,8 @@ def logits(params: dict[str, Tensor], shape: Shape, tokens: Tensor, positions: T
         qk = _rotate(qkv[:, : heads + kv_heads], cos, sin)
         q, k = qk[:, :heads], qk[:, heads:].repeat_interleave(group, 1)
         v = qkv[:, heads + kv_heads :].repeat_interleave(group, 1)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, -1)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True) if attend is None else attend(i, q, k, v)
+        o = o.transpose(1, 2).reshape(batch, length, -1)
         x = x + F.linear(o, params[a + "o_proj.weight"].bfloat16())
         y = norm(x, p + "post_attention_layernorm.weight")
         gate, up = F.linear(y, fused(p, "mlp.gate_proj.weight", "mlp.up_proj.weight")).chunk(2, -1)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +28,7 @@ OPERATIONS = st.lists(
 
 
 @given(OPERATIONS, st.sampled_from([0, 64]))
+@example([("append", 5), ("fork", 0), ("append", 3), ("append", 2)], 64)  # both go on from there
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_growing_keeps_what_a_list_keeps(operations: list[tuple[str, int]], spare: int) -> None:
     twins = [(Growing(spare), {"start": 0, "tokens": []})]

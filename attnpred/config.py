@@ -29,7 +29,7 @@ class CacheConfig:
         what the policy was made for.
     selection_interval: every this many decode steps blocks are chosen anew; the steps between attend to the same ones, and
         to what is recent then. They cost no selection, and their attention is not remembered.
-    dense_layers: the first layers, which stay dense.
+    dense_layers: how many of the first layers stay dense, or which layers do, by number: (0, 1, 13).
     late_share: how much of a selection may be blocks that the forecast missed and the query of the step asks for: they
         have to be fetched late. 0 keeps to the forecast; None is for a cache that lies in fast memory altogether, where
         nothing comes late and a policy that can correct chooses all blocks with the query. For policies that correct.
@@ -59,7 +59,7 @@ class CacheConfig:
     history: int = 64
     calibration_interval: int | None = None
     selection_interval: int = 1
-    dense_layers: int = 2
+    dense_layers: int | tuple[int, ...] = 2
     late_share: float | None = None
     hysteresis: float = 0.0
     per_query_head: bool = False
@@ -86,7 +86,6 @@ class CacheConfig:
             ("history", 1),
             ("calibration_interval", 0),
             ("selection_interval", 1),
-            ("dense_layers", 0),
             ("own_sinks", 0),
             ("own_recent", 1),
         ):
@@ -101,6 +100,7 @@ class CacheConfig:
                     f"got {name}={getattr(self, name)}, expected a multiple of block_size={self.block_size}: change one of the two"
                 )
         self._check_budget()
+        self._check_dense_layers()
         late, stays = self.late_share, self.hysteresis
         if late is not None and (isinstance(late, bool) or not isinstance(late, int | float) or not 0 <= late <= 1):
             raise ConfigError(f"got late_share={late!r}, expected a share from 0 to 1, or None")
@@ -118,6 +118,21 @@ class CacheConfig:
             raise ConfigError(f"got distant_gate={gate!r} without layer_groups, expected a file of analyse-layers")
         if self.layer_groups is not None and self.offload is not None:
             raise ConfigError(f"got layer_groups with offload={self.offload!r}, expected one of the two")
+
+    def _check_dense_layers(self) -> None:
+        layers = self.dense_layers
+        given = layers if isinstance(layers, tuple | list) else (layers,)
+        if any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in given):
+            raise ConfigError(
+                f"got dense_layers={layers!r}, expected a whole number of at least 0, or numbers of layers"
+            )
+        if isinstance(layers, list):  # as JSON gives it back
+            object.__setattr__(self, "dense_layers", tuple(layers))
+
+    def is_dense_layer(self, index: int) -> bool:
+        """True where layer `index` stays dense."""
+        layers = self.dense_layers
+        return index < layers if isinstance(layers, int) else index in layers
 
     def _check_offload(self) -> None:
         for name, known in (("offload", OFFLOADS), ("offload_dtype", OFFLOAD_DTYPES)):

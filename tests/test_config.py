@@ -29,6 +29,8 @@ from attnpred.policies.predicted import Predicted
         ({"history": 2.5}, "got history=2.5, expected a whole number"),
         ({"calibration_interval": -1}, "got calibration_interval=-1"),
         ({"dense_layers": True}, "got dense_layers=True"),
+        ({"dense_layers": (0, -1)}, r"got dense_layers=\(0, -1\), expected a whole number of at least 0, or numbers"),
+        ({"dense_layers": "2"}, "got dense_layers='2'"),
         ({"offload": "tape"}, "got offload='tape', expected one of None, 'cpu', 'disk'$"),
         ({"offload": False}, "got offload=False, expected one of None, 'cpu', 'disk'$"),
         ({"offload": ["cpu"]}, r"got offload=\['cpu'\], expected one of"),
@@ -98,3 +100,10 @@ def test_nothing_is_offloaded_unless_asked_for() -> None:
     names = ("offload", "offload_dir", "offload_dtype", "fast_limit", "host_limit", "disk_limit")
     assert [getattr(config, name) for name in names] == [None] * len(names)
     assert config.fetch_timeout == 60
+
+
+def test_dense_layers_are_the_first_or_those_named() -> None:
+    first, named = CacheConfig(dense_layers=2), CacheConfig(dense_layers=(0, 3))
+    assert [first.is_dense_layer(i) for i in range(5)] == [True, True, False, False, False]
+    assert [named.is_dense_layer(i) for i in range(5)] == [True, False, False, True, False]
+    assert CacheConfig(dense_layers=[0, 3]) == named and hash(named) == hash(CacheConfig(dense_layers=(0, 3)))

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from attnpred.cli.words import layers
+
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or `demo`.")],
@@ -24,7 +26,7 @@ def generate(
         int | None,
         typer.Option(help="A dense row every this many steps; 0: never; left out: what the policy asks for."),
     ] = None,
-    dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 2,
+    dense_layers: Annotated[str, typer.Option(help="How many of the first layers stay dense, or which: 0,1,13.")] = "2",
     offload: Annotated[
         str, typer.Option(help="Where the blocks lie that the budget does not hold: none (in memory), cpu or disk.")
     ] = "none",
@@ -80,7 +82,7 @@ def generate(
         num_sink_tokens=num_sink_tokens,
         recent_window=recent_window,
         calibration_interval=calibration,
-        dense_layers=dense_layers,
+        dense_layers=layers(dense_layers),
         late_share=late_share,
         offload=None if offload == "none" else offload,
         offload_dir=offload_dir,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from attnpred.cli import policy_table
+from attnpred.cli.words import layers
 
 PACKAGES = ("attnpred", "torch", "transformers")
 
@@ -39,7 +40,9 @@ def info(
     offload_dtype: Annotated[
         str | None, typer.Option(help="Numbers of the blocks there: int8 or fp8; left out: as they are.")
     ] = None,
-    dense_layers: Annotated[int | None, typer.Option(help="First layers that stay dense; left out: 2.")] = None,
+    dense_layers: Annotated[
+        str | None, typer.Option(help="How many of the first layers stay dense, or which: 0,1,13; left out: 2.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows of the batch; left out: 1.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -52,7 +55,7 @@ def info(
         "policy": policy,
         "offload": offload,
         "offload_dtype": offload_dtype,
-        "dense_layers": dense_layers,
+        "dense_layers": None if dense_layers is None else layers(dense_layers),
         "batch": batch,
     }
     given = {name: value for name, value in options.items() if value is not None}

@@ -167,8 +167,9 @@ def _measure(
 def _busiest_head(true: Tensor, settings: CacheConfig) -> tuple[int, int]:
     """Return layer and head with the most attention between sinks and recent window: `true` [layers, Hkv, T, N]."""
     first, last = settings.num_sink_tokens // settings.block_size, settings.recent_window // settings.block_size + 1
-    mass = true[settings.dense_layers :, :, :, first : true.shape[3] - last - 16].sum((2, 3))
-    return settings.dense_layers + int(mass.argmax()) // true.shape[1], int(mass.argmax()) % true.shape[1]
+    mass = true[..., first : true.shape[3] - last - 16].sum((2, 3))
+    mass[[layer for layer in range(len(mass)) if settings.is_dense_layer(layer)]] = -1.0
+    return int(mass.argmax()) // true.shape[1], int(mass.argmax()) % true.shape[1]
 
 
 def digest_share(model_config: Any, policy: Policy[Any], item_size: int, block_size: int = 16) -> float:

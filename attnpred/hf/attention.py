@@ -41,7 +41,7 @@ def attention(
     if cache is None or layer is None:
         return _dense(module, query, key, value, attention_mask, dropout, terms, kwargs), None
     decoder, store = cache.decoder(index), layer.store
-    remember = index >= cache.settings.dense_layers
+    remember = not cache.settings.is_dense_layer(index)
     if remember and decoder.policy.reads_tokens:
         decoder.memory.read(_tokens(query), store.length)
     if cache.sharing is not None and not layer.is_sparse and cache.sharing.concerns(index):

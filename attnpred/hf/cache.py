@@ -98,12 +98,12 @@ class TieredCache(Cache):
     def _make_store(self, index: int) -> Store:
         if self.sharing is not None:  # where layers share keys, nothing is freed: each may drop others
             return self.sharing.new_store(index)
-        if self.policy.evicts and index >= self.settings.dense_layers:
+        if self.policy.evicts and not self.settings.is_dense_layer(index):
             return self._make_evicting_store()
         if self.backing is None:
             return BlockPool(self.settings.block_size)
         slots: Callable[[int], int] = functools.partial(dense_slots, self.settings)
-        if not self.policy.is_dense and index >= self.settings.dense_layers:
+        if not self.policy.is_dense and not self.settings.is_dense_layer(index):
             slots = functools.partial(estimate.slots, self.settings)
         return TieredStore(self.settings.block_size, slots, self.backing, self._counts(index), index)
 
@@ -121,7 +121,7 @@ class TieredCache(Cache):
         """Return the decoder of attention layer `index`, made at its first use."""
         if index not in self.decoders:
             choosing = [i for i, layer in enumerate(self.layers) if type(layer) is TieredLayer]
-            leader = self.policy.leader(index, [i for i in choosing if i >= self.settings.dense_layers])
+            leader = self.policy.leader(index, [i for i in choosing if not self.settings.is_dense_layer(i)])
             memory = None if leader == index else self.decoder(leader).memory
             self.decoders[index] = LayerDecoder(self.settings, self.policy, self._counts(index), index, memory)
         return self.decoders[index]
@@ -225,7 +225,7 @@ class TieredCache(Cache):
                 )
                 self._warned = True
             return telemetry.NOT_ATTACHED
-        if index < self.settings.dense_layers:
+        if self.settings.is_dense_layer(index):
             return telemetry.DENSE_LAYER
         if self.policy.is_dense:
             return telemetry.DENSE_POLICY

@@ -51,10 +51,10 @@ def layer_shapes(
     refuse_unsupported(text)
     shapes = []
     layers = DynamicCache(config=model_config).layers
-    choosing = [i for i, layer in enumerate(layers) if is_served(layer) and i >= settings.dense_layers]
+    choosing = [i for i, layer in enumerate(layers) if is_served(layer) and not settings.is_dense_layer(i)]
     for index, layer in enumerate(layers):
         if is_served(layer):
-            is_dense = policy.is_dense or index < settings.dense_layers
+            is_dense = policy.is_dense or settings.is_dense_layer(index)
             one = _shape(text.per_layer_config[index], dtype.itemsize, is_dense)
             follows = policy.leader(index, choosing) != index
             memory = 0 if is_dense or follows else memory_bytes(settings, policy, index, one, dtype, tokens)

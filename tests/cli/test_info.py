@@ -116,6 +116,12 @@ def test_what_is_left_out_has_a_default(capsys: pytest.CaptureFixture[str]) -> N
     assert found["bytes"]["host"] == 0 < found["bytes"]["disk"]
 
 
+def test_single_layers_can_be_dense(capsys: pytest.CaptureFixture[str]) -> None:
+    two, named, all_but = (sizes(capsys, "--policy", "quest", "--dense-layers", text) for text in ("2", "0,3", "4,"))
+    assert (two["dense_layers"], named["dense_layers"], all_but["dense_layers"]) == (2, [0, 3], [4])
+    assert two["bytes"] == named["bytes"] != all_but["bytes"]
+
+
 def test_a_budget_is_a_share_up_to_one(capsys: pytest.CaptureFixture[str]) -> None:
     share, whole = sizes(capsys, "--budget", "0.25"), sizes(capsys, "--budget", "2048")
     assert (share["budget"], whole["budget"]) == (0.25, 2048) and isinstance(whole["budget"], int)
@@ -191,6 +197,7 @@ MISTAKES = [
     (["--dense-layers", "0"], "got --dense-layers without --model, expected"),
     (["--model", "demo", "--context", "0"], "--context"),
     (["--model", "demo", "--batch", "0"], "--batch"),
+    (["--model", "demo", "--dense-layers", "two"], "got dense_layers='two', expected a whole number of at least 0"),
     (["--model", "demo", "--budget", "0"], "got budget=0.0, expected"),
     (["--model", "demo", "--budget", "1.5"], "got budget=1.5, expected a share of at most 1.0"),
     (["--model", "demo", "--policy", "nix"], "got policy 'nix', expected one of"),

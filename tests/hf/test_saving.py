@@ -93,7 +93,7 @@ def test_it_goes_on_where_it_was(policy: str, offload: str | None, tmp_path: Pat
         want = logits(cache, *singles(7))
         assert torch.equal(logits(loaded, *singles(7)), want)
         layer = loaded.stats()["layers"][1]
-        assert layer["steps"] == 7 and layer["sparse_steps"] == (0 if policy == "full" else 7)
+        assert layer["steps"] == 7 and layer["sparse_steps"] == (0 if policy in POLICIES and POLICIES[policy].is_dense else 7)
         if offload == "disk":
             loaded.close()
             cache.close()
@@ -105,6 +105,7 @@ def test_it_goes_on_where_it_was(policy: str, offload: str | None, tmp_path: Pat
         ("predicted", {"hysteresis": 0.5}),  # it depends on what was attended last
         ("predicted", {"late_share": 0.1}),  # on what was forecast
         ("predicted", {"per_query_head": True, "dense_layers": 2}),
+        ("quest", {"dense_layers": (0, 2)}),
         ("ema", {"calibration_interval": 4, "budget": 0.5}),  # on how many steps there were
     ],
 )

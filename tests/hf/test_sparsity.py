@@ -197,3 +197,16 @@ def test_recovery_over_everything_is_one() -> None:
     total = attached.stats()["total"]
     assert total["attention_recovery"] == pytest.approx(1.0, abs=1e-5)
     assert total["recovery_ratio"] == pytest.approx(1.0, abs=1e-5)
+
+
+@torch.no_grad()
+def test_single_layers_stay_dense() -> None:
+    """The first and the last of three; the one between is sparse, and remembers alone."""
+    model, settings = tiny_model("llama"), replace(NO_CALIBRATION, dense_layers=(0, 2))
+    with attnpred.attach(model, policy="last_step", config=settings):
+        cache = after_prompt(model, "last_step", settings)
+        step(model, cache)
+    layers = cache.stats()["layers"]
+    assert [layer["sparse_steps"] for layer in layers] == [0, 1, 0]
+    assert [layer["dense"] for layer in layers] == [{"dense layer": 1}, {}, {"dense layer": 1}]
+    assert [decoder.memory.is_empty for _, decoder in sorted(cache.decoders.items())] == [True, False, True]

@@ -94,7 +94,8 @@ def assert_moved(cache: TieredCache, policy: str = "predicted") -> None:
         assert not any(cache.stats()["total"].get(name) for name in ("bytes_fetched", "selected"))
         return
     total = cache.stats()["total"]
-    assert total["bytes_written"] > 0 and total["bytes_streamed" if policy == "full" else "bytes_fetched"] > 0
+    is_dense = policy in POLICIES and POLICIES[policy].is_dense
+    assert total["bytes_written"] > 0 and total["bytes_streamed" if is_dense else "bytes_fetched"] > 0
     for layer in cache.layers:
         if isinstance(store := getattr(layer, "store", None), TieredStore) and store.length:
             assert store.keys.shape[2] < store.length

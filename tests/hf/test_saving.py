@@ -93,7 +93,9 @@ def test_it_goes_on_where_it_was(policy: str, offload: str | None, tmp_path: Pat
         want = logits(cache, *singles(7))
         assert torch.equal(logits(loaded, *singles(7)), want)
         layer = loaded.stats()["layers"][1]
-        assert layer["steps"] == 7 and layer["sparse_steps"] == (0 if policy in POLICIES and POLICIES[policy].is_dense else 7)
+        assert layer["steps"] == 7 and layer["sparse_steps"] == (
+            0 if policy in POLICIES and POLICIES[policy].is_dense else 7
+        )
         if offload == "disk":
             loaded.close()
             cache.close()

@@ -75,6 +75,7 @@ class LayerDecoder:
         self.first_block: Tensor | None = None
         self.left.clear()
         self.settled: Zone | None = None
+        self.known: tuple[Zone | None, Zone] | None = None
         self.steps = 0
 
     def fits(self, length: int) -> bool:
@@ -83,8 +84,13 @@ class LayerDecoder:
 
     def _zone(self, length: int) -> Zone:
         """Return the zone of a context of `length` tokens; a policy that chose once has one that only grows."""
-        zone, settled = zone_at(self.config, length), self.settled
-        return zone if settled is None else replace(zone, first_recent=settled.first_recent, free=settled.free)
+        settled = self.settled
+        if self.known is None or self.known[0] is not settled or self.known[1].length != length:
+            zone = zone_at(self.config, length)
+            if settled is not None:
+                zone = replace(zone, first_recent=settled.first_recent, free=settled.free)
+            self.known = settled, zone  # a step asks for it twice
+        return self.known[1]
 
     def observe(
         self,
@@ -355,8 +361,10 @@ class LayerDecoder:
     def _forecast(self, query: Tensor, store: Store) -> None:
         """Choose the blocks of the next token, from the past alone."""
         self.pending = None
+        if not self.forecasts:
+            return
         zone = self._zone(store.length + 1)
-        if self.forecasts and not (self.config.dense_when_fits and zone.covers_all):
+        if not (self.config.dense_when_fits and zone.covers_all):
             self.pending = zone, self._select(query, store, zone, None, None)
             store.request(self.pending[1])
             if self.policy.evicts:

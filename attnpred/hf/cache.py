@@ -248,11 +248,11 @@ class TieredCache(Cache):
 
         Raises `UnsupportedModelError` if layer `index` was updated, and something else is attended to.
         """
-        for layer in self.layers:
+        own = self.layers[index] if 0 <= index < len(self.layers) else None
+        for layer in (own, *self.layers):  # its own, nearly always
             if type(layer) is TieredLayer and layer.has_returned(key, value):
                 layer.is_awaited = False
                 return layer
-        own = self.layers[index] if 0 <= index < len(self.layers) else None
         if type(own) is TieredLayer and own.is_awaited:
             own.is_awaited = False
             name = self.model_config.model_type

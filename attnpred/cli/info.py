@@ -139,7 +139,7 @@ def _sizes(found: dict[str, Any]) -> dict[str, dict[str, str]]:
 def collect() -> dict[str, Any]:
     """Return what the command shows, ready for JSON."""
     from attnpred.evaluation import TASKS
-    from attnpred.kernels import BACKENDS, DIGEST, DIGEST_BACKENDS
+    from attnpred.kernels import DECODE_BACKENDS, DIGEST, DIGEST_BACKENDS
     from attnpred.policies import POLICIES
     from attnpred.store import TIERS
 
@@ -147,7 +147,10 @@ def collect() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}},
         "devices": _devices(),
         "policies": {name: _first_line(policy) for name, policy in POLICIES.items()},
-        "kernels": {name: _first_line(backend) for name, backend in BACKENDS.items()},
+        "kernels": {
+            name: _first_line(backend) + (" (in use where it can take the tensors)" if name == DIGEST else "")
+            for name, backend in DECODE_BACKENDS.items()
+        },
         "selection kernels": {
             name: _first_line(backend) + (" (in use)" if name == DIGEST else "")
             for name, backend in DIGEST_BACKENDS.items()

@@ -11,7 +11,6 @@ is installed.
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +19,6 @@ from attnpred.kernels import digest, reference, stream, torch
 from attnpred.kernels.decoding import HAS_TRITON, dense_decode_numba, dense_decode_torch
 from attnpred.kernels.decoding import dense_decode as dense_decode
 from attnpred.kernels.decoding import sparse_decode as sparse_decode
-
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": torch}
 
 
 def numba_sparse_decode(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ def _fields(
 ) -> Any:  # fmt: skip
     """Return what the threads are told of query [B, Hq, D] in fp32 or bf16; ids, slots: addresses, 0 for all blocks."""
     batch, heads, dim = query.shape
-    assert mask is None or mask.stride(-1) == 1
+    assert mask is None or (mask.stride(-1) == 1 and mask.dtype == torch.bool and mask.shape[-1] >= length)
     shown, stride = (mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0) if mask is not None else (0, 0)
     width = keys.element_size()
     return np.array(
@@ -59,6 +59,7 @@ def sparse_decode(
     selecting, chosen = selection.shape[1], selection.shape[2]
     asked, ids = _readable(query), selection.contiguous()
     places = ids if slots is None else slots.contiguous()
+    assert ids.dtype == places.dtype == torch.int64  # nothing below looks at it again
     output = torch.empty(batch, heads, values.shape[3], dtype=asked.dtype)
     normaliser = torch.empty(batch, heads)
     maxima = torch.empty(batch, selecting, chosen)
@@ -97,8 +98,7 @@ def dense_parts(
 ) -> Parts:
     """Return the parts of query [B, Hq, D] over all of keys [B, Hkv, T, D], one for each `piece` tokens (in `UNIT`s).
 
-    mask [B or 1, T]. Parts of successive keys, each but the last of whole pieces, are
-    the same as those of all keys at once.
+    mask [B or 1, T]. Parts of successive keys, each but the last of whole pieces, are the same as those of all at once.
     """
     batch, heads, _ = query.shape
     kv_heads, tokens, dim = keys.shape[1], keys.shape[2], values.shape[3]

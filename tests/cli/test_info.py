@@ -13,7 +13,7 @@ from attnpred.config import CacheConfig
 from attnpred.hf import load_model, make_policy
 from attnpred.hf.load import load_config
 from attnpred.hf.sizes import estimate_for
-from attnpred.kernels import BACKENDS
+from attnpred.kernels import DECODE_BACKENDS
 from attnpred.policies import POLICIES
 from attnpred.store import TIERS
 from attnpred.store.estimate import readable
@@ -23,7 +23,7 @@ from tests.models import BASE
 def test_json_is_one_object_on_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(facts["policies"]) == set(POLICIES) and set(facts["kernels"]) == set(BACKENDS)
+    assert set(facts["policies"]) == set(POLICIES) and set(facts["kernels"]) == set(DECODE_BACKENDS)
     assert {"attnpred", "torch", "transformers", "python"} == set(facts["versions"])
     assert "cpu" in facts["devices"]
 

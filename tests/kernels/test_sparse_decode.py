@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpred.kernels import BACKENDS
+from attnpred.kernels import DECODE_BACKENDS
 from attnpred.kernels.reference import sparse_decode as reference
+
+PLAIN = [name for name in DECODE_BACKENDS if name != "numba"]
+"""Those that take any shape; `test_numba_decode` has the other, with the shapes that it serves."""
 
 
 @st.composite
@@ -41,40 +44,40 @@ def problems(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("name", [name for name in PLAIN if name != "reference"])
 @given(problem=problems())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_backend_equals_reference(name: str, problem: dict[str, object]) -> None:
-    for got, want in zip(BACKENDS[name].sparse_decode(**problem), reference(**problem), strict=True):
+    for got, want in zip(DECODE_BACKENDS[name](**problem), reference(**problem), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_all_blocks_selected_is_full_attention(name: str) -> None:
     torch.manual_seed(0)
     query, keys, values = torch.randn(2, 6, 8), torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40, 8)
     selection = torch.randperm(5).expand(2, 3, 5)
-    got, _, _ = BACKENDS[name].sparse_decode(query, keys, values, selection, 37, block_size=8, scale=0.5)
+    got, _, _ = DECODE_BACKENDS[name](query, keys, values, selection, 37, block_size=8, scale=0.5)
     k, v = keys[:, :, :37].repeat_interleave(2, 1), values[:, :, :37].repeat_interleave(2, 1)
     want = torch.nn.functional.scaled_dot_product_attention(query[:, :, None], k, v, scale=0.5)[:, :, 0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_blocks_outside_the_selection_are_not_read(name: str) -> None:
     torch.manual_seed(0)
     query, keys, values = torch.randn(1, 4, 8), torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64, 8)
     selection = torch.tensor([[[0, 5], [2, 7]]])
-    before = BACKENDS[name].sparse_decode(query, keys, values, selection, 60, block_size=8, scale=1.0)
+    before = DECODE_BACKENDS[name](query, keys, values, selection, 60, block_size=8, scale=1.0)
     for head, kept in enumerate(selection[0].tolist()):
         for block in set(range(8)) - set(kept):
             keys[0, head, block * 8 : block * 8 + 8] = torch.nan
             values[0, head, block * 8 : block * 8 + 8] = torch.nan
-    after = BACKENDS[name].sparse_decode(query, keys, values, selection, 60, block_size=8, scale=1.0)
+    after = DECODE_BACKENDS[name](query, keys, values, selection, 60, block_size=8, scale=1.0)
     for got, want in zip(after, before, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
     keys[0, 0, 0] = torch.nan
-    assert BACKENDS[name].sparse_decode(query, keys, values, selection, 60, block_size=8, scale=1.0)[0].isnan().any()
+    assert DECODE_BACKENDS[name](query, keys, values, selection, 60, block_size=8, scale=1.0)[0].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -82,7 +85,7 @@ def test_half_precision_keeps_fp32_logits(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     query, keys, values = (torch.randn(*shape).to(dtype) for shape in ((1, 2, 64), (1, 1, 48, 64), (1, 1, 48, 64)))
     selection = torch.tensor([[[0, 2]]])
-    got = BACKENDS["torch"].sparse_decode(query * 4, keys, values, selection, 48, block_size=16, scale=0.125)
+    got = DECODE_BACKENDS["torch"](query * 4, keys, values, selection, 48, block_size=16, scale=0.125)
     want = reference(query * 4, keys, values, selection, 48, block_size=16, scale=0.125)
     assert got[0].dtype == dtype
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from attnpred.config import CacheConfig
+from attnpred.dense_calls import seal
 from attnpred.hf import TieredCache
 from attnpred.hf.sizes import estimate_for
 from attnpred.kernels.dense import AttentionTerms
@@ -59,7 +60,7 @@ def run(cache: TieredCache, context: int, steps: int) -> int:
                 elif start + tokens >= context:
                     decoder.observe(query[:, :, -64:], store, terms, None, prompt=True)
                 else:  # as `observe` does, but without the rows, which would read everything for every chunk
-                    decoder._seal(store)
+                    seal(decoder.memory, store)
                 del keys, values, query
                 most = max(most, resident())
     return most

@@ -31,7 +31,7 @@ from torch import Tensor
 from attnpred import kernels
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
-from attnpred.kernels.dense import AttentionTerms
+from attnpred.dense_calls import seal
 from attnpred.policies import Ema, Predicted, Quest
 from attnpred.policies.base import Policy, View
 from attnpred.policies.paper_cnn import PaperForecast
@@ -82,7 +82,7 @@ class Layer:
         self.decoders = {name: LayerDecoder(settings, policy, LayerCounts()) for name, policy in chosen.items()}
         rows = torch.rand(1, KV_HEADS, settings.history, self.zone.blocks) ** 8
         for decoder in self.decoders.values():
-            decoder._seal(self.pool)
+            seal(decoder.memory, self.pool)
             decoder.memory.push(rows[:, :, -decoder.memory.rows :])
         self.codes = torch.ones(self.decoders["predicted"].memory.bytes() // 8, dtype=torch.int64)  # as many bytes
 
@@ -97,7 +97,7 @@ class Layer:
         selection = decoder.policy.choose(view)
         selection = select_blocks(decoder.policy.score(view), self.zone) if selection is None else selection
         if decoder.memory.rows:
-            decoder._push(query, self.pool, self.zone, selection, maxima, AttentionTerms(DIM**-0.5), None)
+            decoder.memory.push_attended(selection, maxima, self.zone.blocks)
         return selection
 
     def attend(self, query: Tensor) -> Tensor:

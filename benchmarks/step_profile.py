@@ -46,14 +46,14 @@ class Part(NamedTuple):
 PARTS = (
     Part("attnpred.hf.cache", "TieredCache.update", "cache append"),
     Part("attnpred.decode", "LayerDecoder.step", "step: bookkeeping"),
-    Part("attnpred.decode", "LayerDecoder._seal", "seal: digests of full blocks (mean)"),
-    Part("attnpred.decode", "LayerDecoder._select", "select: bookkeeping"),
+    Part("attnpred.decode", "seal", "seal: digests of full blocks (mean)"),
+    Part("attnpred.choosing", "Chooser.select", "select: bookkeeping"),
     Part("attnpred.kernels.numba_digest", "choose", "select: digests scored, features weighed, the best taken"),
     Part("attnpred.decode", "sparse_decode", "sparse attention"),
     Part("attnpred.decode", "LayerDecoder._count", "counters"),
     Part("attnpred.decode", "LayerDecoder._push", "remember: bookkeeping"),
     Part("attnpred.kernels", "remember", "remember: peaks of all blocks"),
-    Part("attnpred.decode", "LayerDecoder._forecast", "forecast"),
+    Part("attnpred.choosing", "Chooser.forecast", "forecast"),
 )
 """Names move when code does: whoever moves one corrects it here."""
 

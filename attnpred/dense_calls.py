@@ -1,0 +1,141 @@
+"""`DenseCalls`: the calls of a layer that attend to everything, prompts above all. Their last rows seed the memory.
+
+The attention of a prompt is computed by others (`observe`); that of a chunk of a prompt, a second turn or the verification
+of drafted tokens goes over the pieces of the store (`attend`), and so does a single token that is to attend to everything.
+For a policy that evicts, everything is what it has left.
+"""
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from attnpred.choosing import Call, Chooser
+from attnpred.config import CacheConfig
+from attnpred.kernels.remaining import QUERIES, attend_blocks
+from attnpred.kernels.streamed import StreamedAttention, StreamedRows
+from attnpred.policies.base import Policy
+from attnpred.shapes import num_blocks
+from attnpred.store.base import Store
+
+
+@final
+class DenseCalls:
+    """Beside the decode step of one layer, with the same memory and chooser."""
+
+    def __init__(self, config: CacheConfig, policy: Policy[Any], memory: Any, chooser: Chooser) -> None:
+        self.config, self.policy, self.memory, self.chooser = config, policy, memory, chooser
+
+    def observe(self, call: Call, keys: Tensor | None) -> None:
+        """Take in a call whose attention is computed elsewhere; keys [B, Hkv, L, D]: all of them, or None: read them back.
+
+        Rows are computed only when they may be needed: when the context is within H tokens of outgrowing the budget.
+        """
+        store, rows = call.store, self._begin(call)
+        if rows is not None and keys is None:
+            for piece in store.pieces():
+                rows.add(piece.start, piece.keys)
+        elif rows is not None and keys is not None:
+            for start in range(0, store.length, store.piece_tokens):
+                rows.add(start, keys[:, :, start : start + store.piece_tokens])
+        if self.memory.every:
+            self._push_every(call, keys)
+        self._take_in(call, rows, keys)
+
+    def attend(self, call: Call, *, remember: bool) -> Tensor:
+        """Return the attention to everything, [B, Hq, Q, D]; `observe` is included if `remember`."""
+        if self.chooser.left.kept is not None:
+            return self._attend_left(call)
+        query, store = call.query, call.store
+        attention = StreamedAttention(query, store.length, call.terms, call.mask, store.piece_tokens)
+        rows = self._begin(call) if remember else None
+        whole = store.whole() if query.shape[2] == 1 else None
+        if whole is not None:
+            attention.add(*whole)
+        for piece in store.pieces() if whole is None or rows is not None else ():
+            if whole is None:
+                attention.add(*piece)
+            if rows is not None:
+                rows.add(piece.start, piece.keys)
+        if remember:
+            if self.memory.every:
+                self._push_every(call, None)
+            self._take_in(call, rows, None)
+        return attention.result()
+
+    def _begin(self, call: Call) -> StreamedRows | None:
+        """Prepare; return what computes the last rows of the call, if any are wanted."""
+        query, store = call.query, call.store
+        self.chooser.begin(store, query.shape[2], call.mask)
+        recent = min(query.shape[2], self.memory.rows)
+        if self.memory.every or not recent or not self._needs_memory(store):
+            return None
+        shown = None if call.mask is None else call.mask[:, -recent:]
+        return StreamedRows(query[:, :, -recent:], store.length, call.terms, shown, block_size=store.block_size)
+
+    def _needs_memory(self, store: Store) -> bool:
+        if self.policy.is_dense:
+            return False
+        return self.memory.every or not self.chooser.fits(store.length + self.config.history)
+
+    def _take_in(self, call: Call, rows: StreamedRows | None, keys: Tensor | None) -> None:
+        query, store = call.query, call.store
+        if not self._needs_memory(store):
+            return
+        seal(self.memory, store, keys)
+        if rows is not None:
+            self.memory.push(rows.result(call.heads))
+            if self.memory.watches:
+                seen = store.view()[0] if keys is None else keys
+                self.memory.watch(rows.query, seen, call.terms.scale)
+        if self.chooser.forecasts:
+            self.memory.look(query[:, :, -1], call.terms.scale, call.heads)
+        self.chooser.forecast(call)
+
+    def _push_every(self, call: Call, keys: Tensor | None) -> None:
+        """Show the memory the rows of all queries of a dense call, some at a time."""
+        query, store, mask = call.query, call.store, call.mask
+        size, blocks = store.block_size, num_blocks(store.length, store.block_size)
+        shown = store.view()[0] if keys is None else keys
+        for first in range(0, query.shape[2], QUERIES):
+            part = query[:, :, first : first + QUERIES]
+            seen = store.length - query.shape[2] + first + part.shape[2]
+            allowed = None if mask is None else mask[:, first : first + QUERIES, :seen]
+            rows = StreamedRows(part, seen, call.terms, allowed, block_size=size)
+            for start in range(0, seen, store.piece_tokens):
+                rows.add(start, shown[:, :, start : min(start + store.piece_tokens, seen)])
+            row = rows.result(call.heads)
+            self.memory.push(torch.nn.functional.pad(row, (0, blocks - row.shape[3])))
+
+    def _attend_left(self, call: Call) -> Tensor:
+        """Attend to all that eviction has left, and go on: `attend` for a policy that evicts."""
+        query, store, mask = call.query, call.store, call.mask
+        self._begin(call)
+        queries, blocks = query.shape[2], num_blocks(store.length, store.block_size)
+        ids = self.chooser.left.blocks(blocks)
+        keys, values, slots = store.wait(ids)
+        outputs, rows = [], []
+        for first in range(0, queries, QUERIES):
+            part, position = query[:, :, first : first + QUERIES], store.length - queries + first
+            shown = None if mask is None else mask[:, first : first + QUERIES]
+            output, maxima = attend_blocks(
+                part, keys, values, ids, slots, position, call.terms, shown, block_size=store.block_size
+            )
+            outputs.append(output)
+            wanted = part.shape[2] if self.memory.every else part.shape[2] - max(0, queries - self.memory.rows - first)
+            if self.memory.rows and wanted > 0:
+                row = maxima.new_zeros(*maxima.shape[:3], blocks + 1)
+                places = ids.masked_fill(ids < 0, blocks)[:, :, None].expand_as(maxima)
+                rows.append(row.scatter_(3, places, maxima)[:, :, -wanted:, :blocks])
+        for some in rows if self.memory.every else [torch.cat(rows, 2)] if rows else []:
+            self.memory.push(some)
+        self._take_in(call, None, None)
+        return torch.cat(outputs, 2)
+
+
+def seal(memory: Any, store: Store, keys: Tensor | None = None) -> None:
+    """Show `memory` the keys of blocks that have become full: of all `keys` [B, Hkv, L, D], if they are at hand."""
+    size, sealed, full = store.block_size, memory.sealed, store.length // store.block_size
+    if 0 <= sealed < full:
+        new = store.keys_of(sealed, full) if keys is None else keys[:, :, sealed * size : full * size]
+        memory.seal(new)

@@ -15,6 +15,7 @@ from attnpred.config import CacheConfig
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.probe import block_logits
 from attnpred.policies.base import Policy, View
+from attnpred.policies.budgets import counts_for, select_ragged, union_scores
 from attnpred.policies.left import Left
 from attnpred.policies.select import Zone, limit_late, select_blocks, without_left_out, zone_at
 from attnpred.predictor.memory import State, inside
@@ -49,7 +50,7 @@ class Chooser:
         is_free = policy.corrects and not policy.keeps and config.late_share is None and config.offload is None
         self.forecasts = not policy.needs_query and not is_free
         # Nothing is done to its scores before the best are taken.
-        self.is_plain = not config.hysteresis
+        self.is_plain = not (config.hysteresis or config.union or config.head_budgets)
         self.left = Left()
         self.clear()
 
@@ -98,7 +99,7 @@ class Chooser:
         if (last.sinks, last.free, last.length + 1) != (zone.sinks, zone.free, zone.length):
             return None
         recent = torch.arange(zone.first_recent, zone.blocks, device=selection.device)
-        kept = selection[..., : last.sinks + last.free]
+        kept = selection[..., : selection.shape[2] - (last.blocks - last.first_recent)]
         return torch.cat((kept, recent.expand(*kept.shape[:2], -1)), -1)
 
     def forecast(self, call: Call) -> None:
@@ -128,13 +129,20 @@ class Chooser:
                     return selection
             scores = self.policy.score(view)
         scores = scores.to(call.query.device).expand(call.query.shape[0], call.heads, -1)
+        if self.config.union:
+            scores = union_scores(scores, call.store.heads)
         scores = self.left.limit(scores)
         if self.config.hysteresis and self.attended is not None:
             last = self.attended[1].clamp_min(0)
             scores = scores.scatter_add(2, last, torch.full_like(last, self.config.hysteresis, dtype=scores.dtype))
         if forecast is not None:
             return self._corrected(scores, zone, forecast[1])
-        selection = self.left.strike(select_blocks(scores, zone, self.first_block))
+        if self.config.head_budgets is None:
+            selection = select_blocks(scores, zone, self.first_block)
+        else:
+            counts = counts_for(self.config.head_budgets, scores, zone)
+            selection = select_ragged(scores, zone, counts, self.first_block)
+        selection = self.left.strike(selection)
         return without_left_out(selection, scores, zone) if self.policy.leaves_out else selection
 
     def _view(self, call: Call, zone: Zone, is_next: bool) -> View[Any]:

@@ -6,7 +6,7 @@ left to the policy: the published one takes a dense row every fifth step, digest
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from attnpred.errors import ConfigError
@@ -35,6 +35,10 @@ class CacheConfig:
         nothing comes late and a policy that can correct chooses all blocks with the query. For policies that correct.
     hysteresis: added to the scores of the blocks attended last, so that fewer blocks change (units of the policy's score).
     per_query_head: select for each query head instead of once per kv head (as the authors' code does; reads more).
+    union: each query head scores, and a kv head attends to what its query heads want most, one block each in turn.
+    layer_budgets: a weight for each layer of the model, by which its budget is multiplied; None is the same for all.
+    head_budgets: a weight for each kv head, or "adaptive": the best scores of all heads of a layer together (Ada-KV); None
+        is the same for all. What a layer chooses in all stays the same.
     strict: raise `NotSparseError` where a decode step falls back to dense attention.
     measure_recovery: also compute the true attention of every step, for `stats()`; slow, for evaluation.
     dense_when_fits: take the dense path while the context fits the budget; off only to test the sparse path.
@@ -63,6 +67,9 @@ class CacheConfig:
     late_share: float | None = None
     hysteresis: float = 0.0
     per_query_head: bool = False
+    union: bool = False
+    layer_budgets: tuple[float, ...] | None = None
+    head_budgets: str | tuple[float, ...] | None = None
     strict: bool = False
     measure_recovery: bool = False
     dense_when_fits: bool = True
@@ -109,6 +116,37 @@ class CacheConfig:
 
         self._check_offload()
         self._check_sharing()
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        for name in ("layer_budgets", "head_budgets"):
+            value = getattr(self, name)
+            if isinstance(value, list):  # as JSON gives it back
+                object.__setattr__(self, name, value := tuple(value))
+            if value is None or (value == "adaptive" and name == "head_budgets"):
+                continue
+            numbers = value if isinstance(value, tuple) else ()
+            if not numbers or not all(type(x) in (int, float) and 0 < x < math.inf for x in numbers):
+                raise ConfigError(f"got {name}={value!r}, expected numbers above 0, one for each")
+        if self.head_budgets is not None and (self.offload is not None or self.hysteresis):
+            other = f"offload={self.offload!r}" if self.offload is not None else f"hysteresis={self.hysteresis}"
+            raise ConfigError(f"got head_budgets with {other}, expected one of the two")
+        if self.head_budgets is not None and self.late_share is not None:
+            raise ConfigError("got head_budgets with late_share, expected one of the two")
+        if self.union and self.per_query_head:
+            raise ConfigError("got union with per_query_head, expected one of the two")
+
+    def for_layer(self, layer: int) -> "CacheConfig":
+        """Return the settings of layer `layer`, with the budget that is its own. Raises `ConfigError`."""
+        if self.layer_budgets is None:
+            return self
+        if layer >= len(self.layer_budgets):
+            raise ConfigError(
+                f"got {len(self.layer_budgets)} layer_budgets for a model with a layer {layer}, expected one for each layer"
+            )
+        wanted = self.budget * self.layer_budgets[layer]
+        own = min(1.0, wanted) if isinstance(self.budget, float) else max(self.smallest_budget, round(wanted))
+        return replace(self, budget=own, layer_budgets=None)
 
     def _check_sharing(self) -> None:
         gate = self.distant_gate

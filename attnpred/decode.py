@@ -43,6 +43,7 @@ class LayerDecoder:
         layer: int = 0,
         leader: Memory | None = None,
     ) -> None:
+        config = config.for_layer(layer)
         self.config, self.policy, self.counts, self.layer = config, policy, counts, layer
         self.memory: Any = policy.memory(config, layer)
         if leader is not None:
@@ -51,9 +52,10 @@ class LayerDecoder:
         self.interval = policy.calibration if wanted is None else wanted
         if policy.evicts:
             self.interval = 0  # a true row would need what is gone
-            if config.per_query_head:
+            if config.per_query_head or config.union:
                 raise ConfigError(
-                    "got per_query_head with a policy that evicts, expected one selection per kv head: leave it out"
+                    f"got {'union' if config.union else 'per_query_head'} with a policy that evicts, expected one selection "
+                    "per kv head: leave it out"
                 )
         self.chooser = Chooser(config, policy, counts, layer, self.memory)
         self.dense = DenseCalls(config, policy, self.memory, self.chooser)
@@ -140,7 +142,8 @@ class LayerDecoder:
         return output
 
     def _call(self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None) -> Call:
-        return Call(query, store, terms, mask, query.shape[1] if self.config.per_query_head else store.heads)
+        each = self.config.per_query_head or self.config.union
+        return Call(query, store, terms, mask, query.shape[1] if each else store.heads)
 
     def _attend_to(self, selection: Tensor, call: Call, zone: Zone) -> tuple[Tensor, Tensor]:
         """Attend to the blocks of `selection`, and count it: output [B, Hq, D] and block maxima [B, Hs, K]."""
@@ -168,10 +171,11 @@ class LayerDecoder:
             selection = chooser.pending[1] if known and chooser.pending else chooser.select(call, zone, is_next=False)
             sparse, maxima = _sparse(selection, call)
             output = torch.where(whole[:, None, None], output, sparse)
-            partly, seen = spread(selection, maxima, zone.blocks)
+            partly, seen = spread(*_for_heads(selection, maxima, call.heads), zone.blocks)
             row = torch.where(whole[:, None, None, None], row, partly)
             attended = whole[:, None, None, None] | seen
-        everything = torch.arange(zone.blocks, device=query.device).expand(query.shape[0], call.heads, -1)
+        heads = store.heads if self.config.union else call.heads
+        everything = torch.arange(zone.blocks, device=query.device).expand(query.shape[0], heads, -1)
         self._count(call, zone, everything)
         chooser.attended = zone, everything
         self.memory.push(row, attended)
@@ -184,8 +188,8 @@ class LayerDecoder:
         if self.interval and self.chooser.steps % self.interval == 0:
             self.counts.calibration_bytes += call.store.key_bytes()
             rows = true_rows(call.query, call.store, call.terms, call.mask, total=False)
-            return self.memory.push(rows.result(selection.shape[1]))
-        self.memory.push_attended(selection, maxima, zone.blocks)
+            return self.memory.push(rows.result(call.heads))
+        self.memory.push_attended(*_for_heads(selection, maxima, call.heads), zone.blocks)
 
     def _count(self, call: Call, zone: Zone, selection: Tensor) -> None:
         """Count a sparse step."""
@@ -193,7 +197,7 @@ class LayerDecoder:
         store, blocks = call.store, selection.shape[2]
         unfilled = zone.blocks * store.block_size - store.length
         read = selection.numel() * store.block_bytes()
-        if self.policy.leaves_out:  # heads differ: their mean
+        if self.policy.leaves_out or self.config.head_budgets is not None:  # heads differ: their mean
             chosen = int((selection >= 0).sum())
             read, blocks = chosen * store.block_bytes(), round(chosen / (selection.shape[0] * selection.shape[1]))
         self.counts.count_sparse(store.length, blocks * store.block_size - unfilled, blocks, read, store.bytes())
@@ -230,6 +234,14 @@ class LayerDecoder:
         """Repeat each batch row `times` times."""
         self.memory.repeat(times)
         self.chooser.repeat(times)
+
+
+def _for_heads(selection: Tensor, maxima: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return both [B, heads, K]: after the union of a group, all its query heads remember what the group has seen."""
+    several = heads // selection.shape[1]
+    if several == 1:
+        return selection, maxima
+    return selection.repeat_interleave(several, 1), maxima.repeat_interleave(several, 1)
 
 
 def _sparse(selection: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from attnpred import telemetry
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.errors import NotSparseError, UnsupportedModelError
-from attnpred.hf.choose import make_policy, make_settings, make_sharing
+from attnpred.hf.choose import check_budgets, make_policy, make_settings, make_sharing
 from attnpred.hf.layer import TieredLayer
 from attnpred.hf.sizes import estimate_for
 from attnpred.hf.support import is_served, refuse_unsupported
@@ -74,6 +74,7 @@ class TieredCache(Cache):
         refuse_unsupported(self.model_config)
         self.settings = make_settings(settings, overrides)
         self.policy = make_policy(policy, predictor, self.model_config, self.settings)
+        check_budgets(self.model_config, self.settings)
         self.sharing = make_sharing(self.model_config, self.settings, self.policy)
         self.backing = None
         if self.settings.offload is not None:
@@ -102,9 +103,10 @@ class TieredCache(Cache):
             return self._make_evicting_store()
         if self.backing is None:
             return BlockPool(self.settings.block_size)
-        slots: Callable[[int], int] = functools.partial(dense_slots, self.settings)
+        own = self.settings.for_layer(index)
+        slots: Callable[[int], int] = functools.partial(dense_slots, own)
         if not self.policy.is_dense and not self.settings.is_dense_layer(index):
-            slots = functools.partial(estimate.slots, self.settings)
+            slots = functools.partial(estimate.slots, own)
         return TieredStore(self.settings.block_size, slots, self.backing, self._counts(index), index)
 
     def _make_evicting_store(self) -> Store:

@@ -55,6 +55,17 @@ def make_sharing(config: PreTrainedConfig, settings: CacheConfig, policy: Policy
     return Sharing(groups.leaders(), settings)
 
 
+def check_budgets(config: PreTrainedConfig, settings: CacheConfig) -> None:
+    """Raise `ConfigError` if budgets of layers or heads are not as many as the model has."""
+    text = config.get_text_config(decoder=True)
+    for name, given, has in (
+        ("layer_budgets", settings.layer_budgets, text.num_hidden_layers),
+        ("head_budgets", settings.head_budgets, getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+    ):
+        if isinstance(given, tuple) and len(given) != has:
+            raise ConfigError(f"got {len(given)} {name} for a model of {has}, expected one for each: give {has} numbers")
+
+
 def make_policy(
     policy: str | Policy[Any], predictor: Predictor | str | Path | None, config: PreTrainedConfig, settings: CacheConfig
 ) -> Policy[Any]:

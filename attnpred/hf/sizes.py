@@ -57,8 +57,8 @@ def layer_shapes(
             is_dense = policy.is_dense or settings.is_dense_layer(index)
             one = _shape(text.per_layer_config[index], dtype.itemsize, is_dense)
             follows = policy.leader(index, choosing) != index
-            memory = 0 if is_dense or follows else memory_bytes(settings, policy, index, one, dtype, tokens)
-            shapes.append(replace(one, memory_bytes=memory * batch))
+            memory = 0 if is_dense or follows else memory_bytes(settings.for_layer(index), policy, index, one, dtype, tokens)
+            shapes.append(replace(one, memory_bytes=memory * batch, index=index))
     return shapes
 
 
@@ -90,7 +90,7 @@ def _remembered(
     """Return the bytes of a memory that has seen `full` whole blocks and `rest` tokens more."""
     memory = policy.memory(settings, index)
     zone = zone_at(settings, full * settings.block_size + rest)
-    selecting = layer.kv_heads * (layer.group if settings.per_query_head else 1)
+    selecting = layer.kv_heads * (layer.group if settings.per_query_head or settings.union else 1)
     # random, because some memories measure their keys: nothing can be learned from zeros
     random = torch.Generator().manual_seed(0)
     keys = torch.randn(1, layer.kv_heads, full * settings.block_size, layer.key_dim, generator=random)

@@ -67,9 +67,10 @@ def select_blocks(scores: Tensor, zone: Zone, first_block: Tensor | None = None)
 
 def without_left_out(selection: Tensor, scores: Tensor, zone: Zone) -> Tensor:
     """Return `selection` with -1 for the chosen blocks whose score [B, Hs, N] is -inf."""
-    chosen = selection[..., zone.sinks : zone.sinks + zone.free]
+    last = selection.shape[2] - (zone.blocks - zone.first_recent)
+    chosen = selection[..., zone.sinks : last]
     left_out = scores.gather(2, chosen.clamp_min(0)) == -torch.inf
-    ends = selection[..., : zone.sinks], selection[..., zone.sinks + zone.free :]
+    ends = selection[..., : zone.sinks], selection[..., last:]
     return torch.cat((ends[0], chosen.masked_fill(left_out, -1), ends[1]), -1)
 
 

@@ -34,6 +34,7 @@ class LayerShape:
     """One full-attention layer: D of keys and of values, bytes of a number, G = `group` query heads of a kv head.
 
     memory_bytes: what the policy's memory of this layer takes at the context asked for, all rows of the batch together.
+    index: its number in the model.
     """
 
     kv_heads: int
@@ -43,6 +44,7 @@ class LayerShape:
     group: int = 1
     memory_bytes: int = 0
     is_dense: bool = False
+    index: int = 0
 
     @property
     def token_bytes(self) -> int:
@@ -100,7 +102,8 @@ def estimate(config: CacheConfig, layers: Sequence[LayerShape], tokens: int, bat
     blocks, sealed = num_blocks(tokens, config.block_size), tokens // config.block_size
     for layer in layers:
         heads = batch * layer.kv_heads
-        held = dense_slots(config, tokens) if layer.is_dense else slots(config, tokens, layer.group)
+        own = config.for_layer(layer.index)
+        held = dense_slots(own, tokens) if layer.is_dense else slots(own, tokens, layer.group)
         pool += heads * held * config.block_size * layer.token_bytes
         tables += heads * (blocks * BLOCK_TABLE + held * SLOT_TABLE) + batch * blocks * RECORD_TABLE
         if held < blocks:

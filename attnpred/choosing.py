@@ -160,7 +160,9 @@ class Chooser:
                 softcap=call.terms.softcap, mask=call.mask, slots=slots,
             )  # fmt: skip
 
-        return View(self.memory, zone, self.layer, not is_next, None if is_next else mass, None if is_next else logits)
+        if is_next:
+            return View(self.memory, zone, self.layer, first_block=self.first_block)
+        return View(self.memory, zone, self.layer, True, mass, logits, self.first_block)
 
     def _corrected(self, scores: Tensor, zone: Zone, forecast: Tensor) -> Tensor:
         """Choose by scores of the present step, with few blocks outside of `forecast` [B, Hs, K], which come late."""

@@ -51,7 +51,8 @@ class CacheConfig:
     fetch_timeout: seconds after which a block that has not arrived is an error.
     layer_groups: a file of `attnpred analyse-layers`: layers of a group share the keys of distant tokens (PoD); None is no
         sharing. The published windows are those below.
-    own_sinks, own_recent: first and last tokens for which every layer keeps keys of its own.
+    own_sinks, own_recent: first and last tokens for which every layer keeps keys of its own. A policy that selects always
+        attends to them: its sinks and recent window become at least these, in whole blocks.
     distant_gate: tau: a layer that shares leaves distant tokens out where the near ones are estimated to have at least this
         share of its attention (published: 0.7); None is never. For policies that attend to everything.
     """

@@ -113,11 +113,11 @@ class DenseCalls:
         self._begin(call)
         queries, blocks = query.shape[2], num_blocks(store.length, store.block_size)
         ids = self.chooser.left.blocks(blocks)
-        keys, values, slots = store.wait(ids)
-        outputs, rows = [], []
-        for first in range(0, queries, QUERIES):
-            part, position = query[:, :, first : first + QUERIES], store.length - queries + first
-            shown = None if mask is None else mask[:, first : first + QUERIES]
+        outputs, rows, several = [], [], min(QUERIES, store.queries_alike or QUERIES)
+        for first in range(0, queries, several):
+            part, position = query[:, :, first : first + several], store.length - queries + first
+            keys, values, slots = store.wait_at(ids, position + part.shape[2])
+            shown = None if mask is None else mask[:, first : first + several]
             output, maxima = attend_blocks(
                 part, keys, values, ids, slots, position, call.terms, shown, block_size=store.block_size
             )

@@ -3,6 +3,8 @@
 What it computes is in `attnpred.kernels.shared`, where the keys lie in `attnpred.store.shared`. A layer that neither
 follows another nor is asked by one for its distant log-sum-exp (the gate) is none of this module's business: it keeps an
 ordinary store and the ordinary attention, so that groups of one layer each change nothing at all.
+
+Where the policy evicts, a layer that others follow has a `SharedPool` too: it keeps the keys that they need.
 """
 
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from torch import Tensor
 from attnpred.config import CacheConfig
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.shared import Part, Shared, Split, shared_attention
+from attnpred.store.evicting import EvictingPool
 from attnpred.store.pool import BlockPool
 from attnpred.store.shared import SharedPool
 from attnpred.telemetry import LayerCounts
@@ -21,10 +24,14 @@ from attnpred.telemetry import LayerCounts
 
 @final
 class Sharing:
-    """leaders: for each layer that takes part, per kv head, the layer whose distant keys it uses (its own included)."""
+    """leaders: for each layer that takes part, per kv head, the layer whose distant keys it uses (its own included).
 
-    def __init__(self, leaders: Mapping[int, tuple[int, ...]], config: CacheConfig) -> None:
-        self.leaders, self.config = dict(leaders), config
+    evicts: blocks that are not chosen are freed.
+    """
+
+    def __init__(self, leaders: Mapping[int, tuple[int, ...]], config: CacheConfig, *, evicts: bool = False) -> None:
+        self.leaders, self.config, self.evicts = dict(leaders), config, evicts
+        self.followed = {found for layer, heads in self.leaders.items() for found in heads if found != layer}
         self.split = Split(config.own_sinks, config.own_recent)
         self.asked = {
             (found, head)
@@ -32,22 +39,31 @@ class Sharing:
             for head, found in enumerate(heads)
             if found != layer and config.distant_gate is not None
         }
-        self.stores: dict[int, BlockPool | SharedPool] = {}
+        self.stores: dict[int, BlockPool | EvictingPool | SharedPool] = {}
         self.distant: dict[int, Tensor] = {}  # of layers that are asked, in the present call: [B, Hq, Q]
 
-    def new_store(self, layer: int) -> BlockPool | SharedPool:
+    def new_store(self, layer: int) -> BlockPool | EvictingPool | SharedPool:
         """Return the store of `layer`; those of lower layers come first."""
-        heads = self.leaders.get(layer, ())
-        if all(found == layer for found in heads):
-            self.stores[layer] = BlockPool(self.config.block_size)
+        heads, size = self.leaders.get(layer, ()), self.config.block_size
+        evicts = self.evicts and not self.config.is_dense_layer(layer)
+        follows = any(found != layer for found in heads)
+        if follows or (evicts and layer in self.followed):
+            from_below = [None if found == layer else self._leading(found) for found in heads]
+            self.stores[layer] = SharedPool(size, from_below, self.split, evicts=evicts)
         else:
-            from_below = [None if found == layer else self.stores[found] for found in heads]
-            self.stores[layer] = SharedPool(self.config.block_size, from_below, self.split)
+            self.stores[layer] = EvictingPool(size) if evicts else BlockPool(size)
         return self.stores[layer]
+
+    def _leading(self, layer: int) -> BlockPool | SharedPool:
+        """Return the store of a layer that is followed, which is never one that frees what others need."""
+        store = self.stores[layer]
+        assert not isinstance(store, EvictingPool)
+        return store
 
     def concerns(self, layer: int) -> bool:
         """True where dense calls of `layer` are to go through `attend`."""
-        follows = isinstance(self.stores.get(layer), SharedPool)
+        store = self.stores.get(layer)
+        follows = isinstance(store, SharedPool) and bool(store.following)
         return follows or any(found == layer for found, _ in self.asked)
 
     def attend(
@@ -79,7 +95,7 @@ class Sharing:
         return torch.cat([one.output for one in found], 1)
 
     def _attend_run(
-        self, layer: int, first: int, last: int, query: Tensor, store: BlockPool | SharedPool, split: Split,
+        self, layer: int, first: int, last: int, query: Tensor, store: BlockPool | EvictingPool | SharedPool, split: Split,
         terms: AttentionTerms, mask: Tensor | None,
     ) -> Shared:  # fmt: skip
         """Attend with the query heads of the kv heads [first, last), which take distant keys from one layer."""
@@ -95,7 +111,7 @@ class Sharing:
             if self.config.distant_gate is not None:
                 group = query.shape[1] // (last - first)
                 estimate = self.distant[leader][:, first * group : last * group]
-        values = store.view()[1] if isinstance(store, BlockPool) else store.values
+        values = store.values if isinstance(store, SharedPool) else store.view()[1]
         tau = self.config.distant_gate
         return shared_attention(
             query, own, distant, values[:, first:last], store.length, split, terms, mask, estimate, tau

@@ -138,7 +138,7 @@ def _sizes(found: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def collect() -> dict[str, Any]:
     """Return what the command shows, ready for JSON."""
-    from attnpred.evaluation import TASKS
+    from attnpred.evaluation.tasks import TASKS
     from attnpred.kernels import DECODE_BACKENDS, DIGEST, DIGEST_BACKENDS
     from attnpred.policies import POLICIES
     from attnpred.store import TIERS
@@ -156,7 +156,7 @@ def collect() -> dict[str, Any]:
             for name, backend in DIGEST_BACKENDS.items()
         },
         "tiers": {name: _first_line(tier) for name, tier in TIERS.items()},
-        "tasks": {name: _first_line(task) for name, task in TASKS.items()},
+        "tasks": {name: _first_line(type(make())) for name, make in TASKS.items()},
         "predictors": _predictors(),
     }
 

@@ -32,7 +32,6 @@ def describe(name: str) -> dict[str, Any]:
     import torch
 
     from attnpred.config import CacheConfig
-    from attnpred.hf import make_policy
     from attnpred.hf.sizes import memory_bytes
     from attnpred.policies import POLICIES
     from attnpred.store.estimate import LayerShape
@@ -40,8 +39,7 @@ def describe(name: str) -> dict[str, Any]:
     kind, settings = POLICIES[name], CacheConfig()
     state = 0.0
     if not kind.is_dense:
-        config: Any = None  # only asked for where no predictor is named
-        policy = kind() if kind.reads_tokens else make_policy(name, "general", config, settings)
+        policy = kind.untrained(settings.block_size, GROUP, DIM)
         layer = LayerShape(KV_HEADS, DIM, DIM, torch.bfloat16.itemsize, GROUP)
         small, large = (memory_bytes(settings, policy, 0, layer, torch.bfloat16, tokens) for tokens in CONTEXTS)
         state = (large - small) / (CONTEXTS[1] - CONTEXTS[0]) / KV_HEADS

@@ -11,10 +11,14 @@ def train(
     out: Annotated[Path, typer.Option("--out", help="Folder for the predictor.")],
     predictor: Annotated[
         str,
-        typer.Option(help="streaming: digests and peaks; general: the same, shared by all heads; cnn: as published."),
+        typer.Option(
+            help="streaming: digests and peaks; general: one for all heads; cnn: as published; seer-gate: for seer."
+        ),
     ] = "streaming",
-    steps: Annotated[int, typer.Option(help="Steps of the optimiser; 0: 600 for streaming, 1500 for cnn.")] = 0,
-    rank: Annotated[int, typer.Option(help="Directions that a digest keeps (streaming).")] = 32,
+    steps: Annotated[
+        int, typer.Option(help="Steps of the optimiser; 0: 600 for streaming, 1500 for cnn, 4000 for seer-gate.")
+    ] = 0,
+    rank: Annotated[int, typer.Option(help="Directions that a digest or a gate keeps (streaming, seer-gate).")] = 32,
     batch: Annotated[int, typer.Option(help="Windows per query; a step takes four queries (cnn).")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam, at first; it falls (cnn).")] = 3e-4,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the split and the order.")] = 0,
@@ -29,12 +33,13 @@ def train(
     import json
 
     from attnpred.errors import ConfigError
+    from attnpred.predictor.seer_training import SeerConfig, train_seer
     from attnpred.predictor.streaming_training import StreamingConfig, train_streaming
     from attnpred.predictor.traces import TraceReader
     from attnpred.predictor.training import TrainConfig, train_predictor
 
-    if predictor not in ("streaming", "general", "cnn"):
-        raise ConfigError(f"got --predictor {predictor!r}, expected streaming, general or cnn")
+    if predictor not in ("streaming", "general", "cnn", "seer-gate"):
+        raise ConfigError(f"got --predictor {predictor!r}, expected streaming, general, cnn or seer-gate")
     block_size = TraceReader(traces).meta.block_size
     for name, tokens in (("--sink-tokens", sink_tokens), ("--recent-tokens", recent_tokens)):
         if tokens % block_size:
@@ -55,6 +60,17 @@ def train(
             f"recovered on held-out documents: {shares['cnn']:.4f} (step {result.best_step}); "
             f"EMA of the rows {shares['ema']:.4f}, last row {shares['last_step']:.4f}"
         )
+        return
+    if predictor == "seer-gate":
+        gate = SeerConfig(steps=steps or 4000, rank=rank, seed=seed, sink_blocks=sinks, recent_blocks=recent)
+        trained = train_seer(traces, out, gate)
+        if as_json:
+            print(json.dumps({**dataclasses.asdict(trained), "out": str(out)}))
+            return
+        print(f"{out}: {trained.parameters:,} parameters, {trained.seconds:.0f} s")
+        print("recovered on held-out documents, by budget:")
+        for budget, share in trained.recovered.items():
+            print(f"  {budget}  {share:.4f}")
         return
     settings = StreamingConfig(
         steps=steps or 600,

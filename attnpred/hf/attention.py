@@ -44,7 +44,8 @@ def attention(
     remember = not cache.settings.is_dense_layer(index)
     if remember and decoder.policy.reads_tokens:
         decoder.memory.read(_tokens(query), store.length)
-    if cache.sharing is not None and not layer.is_sparse and cache.sharing.concerns(index):
+    shares = cache.sharing is not None and cache.sharing.concerns(index)
+    if cache.sharing is not None and shares and not layer.is_sparse and decoder.left.kept is None:
         allowed = _everything(module, query, store.length, attention_mask, kwargs.get("is_causal"))
         is_step = not layer.is_prompt and query.shape[2] == 1
         if layer.reason is not None and not is_step:
@@ -68,7 +69,10 @@ def attention(
     assert layer.reason is not None
     decoder.counts.count_dense(layer.reason, query.shape[2], store.length, store.bytes())
     allowed = _everything(module, query, store.length, attention_mask, kwargs.get("is_causal"))
-    return decoder.attend(query, store, terms, allowed, remember=remember).transpose(1, 2).contiguous(), None
+    output = decoder.attend(query, store, terms, allowed, remember=remember)
+    if cache.sharing is not None:
+        cache.sharing.settle(index)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def note_tokens(module: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -20,7 +20,7 @@ from attnpred import telemetry
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.errors import NotSparseError, UnsupportedModelError
-from attnpred.hf.choose import check_budgets, make_policy, make_settings, make_sharing
+from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
 from attnpred.hf.layer import TieredLayer
 from attnpred.hf.sizes import estimate_for
 from attnpred.hf.support import is_served, refuse_unsupported
@@ -75,6 +75,7 @@ class TieredCache(Cache):
         self.settings = make_settings(settings, overrides)
         self.policy = make_policy(policy, predictor, self.model_config, self.settings)
         check_budgets(self.model_config, self.settings)
+        self.settings = attend_near(self.settings, self.policy)
         self.sharing = make_sharing(self.model_config, self.settings, self.policy)
         self.backing = None
         if self.settings.offload is not None:
@@ -97,7 +98,7 @@ class TieredCache(Cache):
         self._warned = False
 
     def _make_store(self, index: int) -> Store:
-        if self.sharing is not None:  # where layers share keys, nothing is freed: each may drop others
+        if self.sharing is not None:
             return self.sharing.new_store(index)
         if self.policy.evicts and not self.settings.is_dense_layer(index):
             return self._make_evicting_store()

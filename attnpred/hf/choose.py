@@ -1,6 +1,7 @@
 """From names and loose settings to a `CacheConfig`, a policy and a predictor that fit the model and each other."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from attnpred.predictor.pretrained import Predictor, shipped
 from attnpred.sharing import Sharing
 
 logger = logging.getLogger("attnpred")
+
+FORECASTS = ("cnn", "cnn-unpadded")
+"""Kinds of predictor that `predicted` runs as published."""
 
 
 def make_settings(settings: CacheConfig | None, overrides: dict[str, Any]) -> CacheConfig:
@@ -44,15 +48,32 @@ def make_sharing(config: PreTrainedConfig, settings: CacheConfig, policy: Policy
         raise UnsupportedModelError(f"got {text.model_type}, whose layers share keys already, expected no layer_groups")
     if settings.distant_gate is not None and not policy.is_dense:
         raise ConfigError("got distant_gate with a policy that selects blocks, expected pod or full: leave it out")
-    if policy.evicts:
-        raise ConfigError("got layer_groups with a policy that evicts, expected one that keeps all blocks")
     groups = LayerGroups.load(Path(settings.layer_groups))
     if groups.fingerprint != fingerprint(config):
         raise ConfigError(
             f"got {settings.layer_groups} of {groups.base_model} ({groups.fingerprint}) for {fingerprint(config)}, expected "
             "the same model: run attnpred analyse-layers on this one"
         )
-    return Sharing(groups.leaders(), settings)
+    return Sharing(groups.leaders(), settings, evicts=policy.evicts and not settings.measure_recovery)
+
+
+def attend_near(settings: CacheConfig, policy: Policy[Any]) -> CacheConfig:
+    """Return `settings` in which a policy that selects always attends to what is near where layers share keys.
+
+    Sinks and recent window become at least `own_sinks` and `own_recent`, in whole blocks, and count in the budget as ever.
+    """
+    if settings.layer_groups is None or policy.is_dense:
+        return settings
+    size = settings.block_size
+    sinks = max(settings.num_sink_tokens, -(-settings.own_sinks // size) * size)
+    recent = max(settings.recent_window, -(-settings.own_recent // size) * size)
+    least = sinks + recent + 2 * size
+    if isinstance(settings.budget, int) and settings.budget < least:
+        raise ConfigError(
+            f"got budget={settings.budget} with layer_groups and own_recent={settings.own_recent}, expected at least {least}: near "
+            "tokens are always attended to; raise the budget or lower own_recent"
+        )
+    return replace(settings, num_sink_tokens=sinks, recent_window=recent)
 
 
 def check_budgets(config: PreTrainedConfig, settings: CacheConfig) -> None:
@@ -63,23 +84,34 @@ def check_budgets(config: PreTrainedConfig, settings: CacheConfig) -> None:
         ("head_budgets", settings.head_budgets, getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
     ):
         if isinstance(given, tuple) and len(given) != has:
-            raise ConfigError(f"got {len(given)} {name} for a model of {has}, expected one for each: give {has} numbers")
+            raise ConfigError(
+                f"got {len(given)} {name} for a model of {has}, expected one for each: give {has} numbers"
+            )
 
 
 def make_policy(
     policy: str | Policy[Any], predictor: Predictor | str | Path | None, config: PreTrainedConfig, settings: CacheConfig
 ) -> Policy[Any]:
-    """Return the policy of that name; `predicted` gets the given predictor, or the shipped one that fits best."""
+    """Return the policy of that name; one that learned gets the given predictor, or the shipped one that fits best."""
     if isinstance(policy, Policy):
         return policy
     if policy not in POLICIES:
         raise ConfigError(f"got policy {policy!r}, expected one of {', '.join(POLICIES)}")
-    if policy != "predicted":
-        made = POLICIES[policy]
+    made: Any = POLICIES[policy]
+    wanted: str = made.predictor_kind
+    if not wanted:
         return made.for_tokenizer(_tokenizer(config, policy)) if made.reads_tokens else made()
-    chosen = _predictor(predictor, config)
+    chosen = _predictor(predictor, config, policy, wanted)
     chosen.require(settings.block_size)
-    return Predicted(chosen) if chosen.config.kind == "streaming" else PaperForecast(chosen)
+    kind = chosen.config.kind
+    if kind == wanted:
+        return made(chosen)
+    if made is Predicted and kind in FORECASTS:
+        return PaperForecast(chosen)
+    raise ConfigError(
+        f"got a predictor of kind {kind!r} for policy {policy!r}, expected {wanted!r}: "
+        f"make one (attnpred capture, attnpred train --predictor {wanted})"
+    )
 
 
 def _tokenizer(config: PreTrainedConfig, policy: str) -> Any:
@@ -94,7 +126,7 @@ def _tokenizer(config: PreTrainedConfig, policy: str) -> Any:
         ) from None
 
 
-def _predictor(predictor: Predictor | str | Path | None, config: PreTrainedConfig) -> Predictor:
+def _predictor(predictor: Predictor | str | Path | None, config: PreTrainedConfig, policy: str, kind: str) -> Predictor:
     """Return the given predictor, the shipped one of that name, or the shipped one that fits the model best."""
     if isinstance(predictor, Predictor):
         return predictor
@@ -102,7 +134,7 @@ def _predictor(predictor: Predictor | str | Path | None, config: PreTrainedConfi
     if predictor is not None:
         return Predictor.from_pretrained(available.get(str(predictor), predictor))
     candidates = [Predictor.from_pretrained(path) for path in available.values()]
-    candidates = [candidate for candidate in candidates if candidate.config.kind == "streaming"]
+    candidates = [candidate for candidate in candidates if candidate.config.kind == kind]
     for candidate in candidates:
         if candidate.config.fingerprint == fingerprint(config):
             return candidate
@@ -114,5 +146,6 @@ def _predictor(predictor: Predictor | str | Path | None, config: PreTrainedConfi
             )
             return candidate
     raise ConfigError(
-        "got no general predictor among those shipped: train one (attnpred capture, attnpred train) and pass predictor="
+        f"got policy {policy!r} for {config.model_type} ({fingerprint(config)}), expected a {kind} predictor for it, and none is "
+        f"shipped: make one (attnpred capture, attnpred train --predictor {kind}) and pass predictor="
     )

@@ -17,7 +17,7 @@ from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError, NotSparseError, UnsupportedModelError
 from attnpred.hf.attention import attention, make_mask, note_tokens
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
-from attnpred.hf.choose import check_budgets, make_policy, make_settings, make_sharing
+from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
 from attnpred.hf.support import is_served, refuse_unsupported
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
@@ -200,6 +200,7 @@ def attach(
     refuse_unsupported(model.config)
     check_budgets(model.config, settings)
     chosen = make_policy(policy, predictor, model.config, settings)
+    settings = attend_near(settings, chosen)
     if make_sharing(model.config, settings, chosen) is None and isinstance(chosen, Pod):
         logger.warning("got policy 'pod' without layer_groups: no keys are shared, and every step is dense")
     if isinstance(chosen, Predicted | PaperForecast):

@@ -152,7 +152,7 @@ class Header:
                 raise CacheFileError(
                     f"got {path} of a predictor that does not come with attnpred, expected it: pass predictor="
                 )
-            policy = make_policy("predicted", found, config, settings)
+            policy = make_policy(self.policy, found, config, settings)
         if described(policy) != (self.policy, self.policy_settings, self.predictor):
             raise CacheFileError(
                 f"got a policy or predictor other than {path} was saved with, expected {self.policy} "

@@ -57,7 +57,9 @@ def layer_shapes(
             is_dense = policy.is_dense or settings.is_dense_layer(index)
             one = _shape(text.per_layer_config[index], dtype.itemsize, is_dense)
             follows = policy.leader(index, choosing) != index
-            memory = 0 if is_dense or follows else memory_bytes(settings.for_layer(index), policy, index, one, dtype, tokens)
+            memory = (
+                0 if is_dense or follows else memory_bytes(settings.for_layer(index), policy, index, one, dtype, tokens)
+            )
             shapes.append(replace(one, memory_bytes=memory * batch, index=index))
     return shapes
 

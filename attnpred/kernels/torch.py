@@ -1,8 +1,8 @@
 """Sparse decode in plain torch: gather the selected blocks, one batched product each for logits and output.
 
-Layout assumed: keys and values [B, Hkv, capacity, D] contiguous, capacity a multiple of P, memory past `length` finite
-(its probability is zero, and zero times NaN would not be). Half-precision blocks are widened to fp32 after the gather,
-so that logits are as exact as those of a fused kernel.
+Layout assumed: keys and values [B, Hkv, capacity, D] contiguous, or one memory for all heads (`gather_blocks`), capacity a
+multiple of P, memory past `length` finite (its probability is zero, and zero times NaN would not be). Half-precision blocks
+are widened to fp32 after the gather, so that logits are as exact as those of a fused kernel.
 """
 
 import torch
@@ -10,13 +10,21 @@ from torch import Tensor
 
 
 def gather_blocks(stored: Tensor, selection: Tensor, block_size: int) -> Tensor:
-    """Return [B, Hs, K * P, D] in fp32: the slots `selection` of `stored` [B, Hkv, capacity, D]; -1 reads slot 0."""
+    """Return [B, Hs, K * P, D] in fp32: the slots `selection` of `stored` [B, Hkv, capacity, D]; -1 reads slot 0.
+
+    All heads of all rows may be the same memory (strides of 0): then slots are places in that.
+    """
     batch, kv_heads, capacity, dim = stored.shape
     selecting, blocks = selection.shape[1], capacity // block_size
-    head = torch.arange(selecting, device=stored.device) * kv_heads // selecting
-    first = (torch.arange(batch, device=stored.device)[:, None] * kv_heads + head) * blocks
-    rows = (selection.clamp_min(0) + first[:, :, None]).flatten()
-    return stored.view(-1, block_size * dim).index_select(0, rows).view(batch, selecting, -1, dim).float()
+    places = selection.clamp_min(0)
+    if stored.stride(0) == stored.stride(1) == 0:
+        stored = stored[0, 0]
+    else:
+        head = torch.arange(selecting, device=stored.device) * kv_heads // selecting
+        first = (torch.arange(batch, device=stored.device)[:, None] * kv_heads + head) * blocks
+        places = places + first[:, :, None]
+    whole = stored.view(-1, block_size * dim)
+    return whole.index_select(0, places.flatten()).view(batch, selecting, -1, dim).float()
 
 
 def sparse_decode(

@@ -4,7 +4,9 @@ from typing import Any
 
 from attnpred.policies.accumulated import Accumulated
 from attnpred.policies.base import Policy
+from attnpred.policies.cascading import Cascading
 from attnpred.policies.ema import Ema
+from attnpred.policies.fastgen import FastGen
 from attnpred.policies.freekv import FreeKV
 from attnpred.policies.full import Full
 from attnpred.policies.h2o import H2O
@@ -16,9 +18,11 @@ from attnpred.policies.pod import Pod
 from attnpred.policies.predicted import Predicted
 from attnpred.policies.quest import Quest
 from attnpred.policies.recycled import Recycled
+from attnpred.policies.seer import Seer
 from attnpred.policies.sepllm import SepLLM
 from attnpred.policies.snapkv import SnapKV
 from attnpred.policies.streaming import Streaming
+from attnpred.policies.subgen import SubGen
 from attnpred.policies.tactic import Tactic
 from attnpred.policies.tidal import TidalDecode
 
@@ -31,6 +35,9 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "h2o": H2O,
     "snapkv": SnapKV,
     "sepllm": SepLLM,
+    "fastgen": FastGen,
+    "cascading": Cascading,
+    "subgen": SubGen,
     "mean_key_last": MeanKeyLast,
     "mean_key": MeanKey,
     "quest": Quest,
@@ -41,5 +48,6 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "tidal": TidalDecode,
     "pod": Pod,
     "oracle": Oracle,
+    "seer": Seer,
     "predicted": Predicted,
 }

@@ -30,7 +30,8 @@ class View(Generic[M]):
     layer: index in the model. is_current: the query that the memory has looked at last is the one that will attend;
     otherwise it is the one before. block_mass: computes the step's true attention per block, [B, Hs, N]: evaluation only.
     block_logits: of the blocks [B, Hq, S], ids of full or open blocks, the logarithm of the summed exponentials of their
-    logits, [B, Hq, S], for the query of this step: reads their keys.
+    logits, [B, Hq, S], for the query of this step: reads their keys. first_block: the block in which each row begins, [B],
+    where rows are padded on the left.
     """
 
     memory: M
@@ -39,6 +40,7 @@ class View(Generic[M]):
     is_current: bool = False
     block_mass: Callable[[], Tensor] | None = None
     block_logits: Callable[[Tensor], Tensor] | None = None
+    first_block: Tensor | None = None
 
 
 class Policy(ABC, Generic[M]):
@@ -66,6 +68,8 @@ class Policy(ABC, Generic[M]):
     """What is not chosen is dropped for good: every choice is among what the last one has left."""
     keeps_decoded: ClassVar[bool] = False
     """With `evicts`: it chooses once, after a prompt, and keeps every token after that, beyond the budget."""
+    predictor_kind: ClassVar[str] = ""
+    """The kind of predictor (`PredictorConfig.kind`) that it is made of; empty: it is made of none."""
     reads_tokens: ClassVar[bool] = False
     """Its memory wants the token ids (`Memory.read`), and `for_tokenizer` makes one for a model's tokenizer."""
 
@@ -87,6 +91,14 @@ class Policy(ABC, Generic[M]):
     @classmethod
     def for_tokenizer(cls, tokenizer: Any) -> "Policy[Any]":
         """Return the policy for a model with this tokenizer (of transformers)."""
+        return cls()
+
+    @classmethod
+    def untrained(cls, block_size: int, group: int, dim: int) -> "Policy[Any]":
+        """Return the policy with weights that nobody trained, where it has any, for any model of these sizes, P, G and D.
+
+        So one can ask what it takes, and test what does not depend on weights.
+        """
         return cls()
 
     @abstractmethod

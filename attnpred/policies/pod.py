@@ -1,7 +1,8 @@
 """`pod`: proximal tokens over distant ones (arXiv 2412.02252): nothing is left out, but layers share distant keys.
 
 Which layers share is a setting of the cache (`CacheConfig.layer_groups`, with its windows and its gate), so that any other
-policy can select in a cache that shares; this one attends to everything. How it is computed: `attnpred.sharing`.
+policy can select in a cache that shares (`snapkv:layer_groups=F`): near tokens it attends to in any case, distant ones in
+the blocks that each layer chooses. This one attends to everything. How it is computed: `attnpred.sharing`.
 """
 
 from dataclasses import dataclass

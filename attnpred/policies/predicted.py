@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnpred.config import CacheConfig
 from attnpred.policies.base import Policy, View
+from attnpred.predictor.predictor_config import PredictorConfig
 from attnpred.predictor.pretrained import Predictor
 from attnpred.predictor.streaming import Stream
 
@@ -24,8 +25,13 @@ class Predicted(Policy[Stream]):
     kind: ClassVar[str] = "learned"
     cost: ClassVar[str] = "G N products of D in int8, 4 N multiply-adds"
     source: ClassVar[str] = "attnpred, after arXiv 2502.04077"
+    predictor_kind: ClassVar[str] = "streaming"
     predictor: Predictor
     corrects: ClassVar[bool] = True
+
+    @classmethod
+    def untrained(cls, block_size: int, group: int, dim: int) -> "Predicted":
+        return cls(Predictor(PredictorConfig(cls.predictor_kind, block_size)))
 
     def memory(self, config: CacheConfig, layer: int) -> Stream:
         place = self.predictor.place(layer)

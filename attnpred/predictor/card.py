@@ -5,6 +5,12 @@ from typing import Any
 
 from attnpred.predictor.predictor_config import HUB_ID, PredictorConfig
 
+FORECAST = "Forecasts which blocks of the KV cache the next token will attend (method: arXiv 2502.04077)."
+GATES = {
+    "seer-gate": "Says which blocks of the KV cache a query will attend, for policy `seer` (method: arXiv 2506.08889)."
+}
+"""What a predictor does that looks at the query of the step, by its kind; all others forecast."""
+
 
 def model_card(config: PredictorConfig, details: str = "") -> str:
     """Return a model card in Markdown with the Hub's front matter; `details` goes below the facts of `config`."""
@@ -13,14 +19,14 @@ def model_card(config: PredictorConfig, details: str = "") -> str:
         "Trained for": config.base_model,
         "Fingerprint": config.fingerprint,
         "Block size": f"{config.block_size} tokens",
-        "History": f"{config.history} rows",
+        "History": f"{config.history} rows" if config.kind not in GATES else "",
         "Trained on": config.trained_on,
     }
     lines = ["---", "library_name: attnpred", "tags: [attnpred, kv-cache, long-context]"]
     if HUB_ID.fullmatch(config.base_model):
         lines.append(f"base_model: {config.base_model}")
     lines += ["---", "", "# Attention predictor", ""]
-    lines += ["Forecasts which blocks of the KV cache the next token will attend (method: arXiv 2502.04077).", ""]
+    lines += [GATES.get(config.kind, FORECAST), ""]
     lines += [f"* {name}: {value}" for name, value in facts.items() if value]
     use = 'predictor = attnpred.Predictor.from_pretrained("this directory or Hub id")'
     lines += ["", "```python", "import attnpred", use, "```", ""]

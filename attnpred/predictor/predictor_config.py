@@ -12,6 +12,7 @@ from torch import nn
 
 from attnpred.errors import PredictorError
 from attnpred.predictor.cnn import PaperCNN, UnpaddedCNN
+from attnpred.predictor.seer_gate import SeerGate
 from attnpred.predictor.streaming import StreamingNetwork
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -29,6 +30,7 @@ class PredictorConfig:
     trained_on: the data, in words. format: version of the files.
     Of a streaming predictor: layers, the model's layers it has weights for, as "0 1 2", or nothing if all share one set;
     heads: kv heads with weights of their own, or 1; head_dim: D and rank: r of its digests, 1 for plain mean keys.
+    Of a gate likewise, with group: query heads of a kv head, G; rank: r of its gate vectors.
     """
 
     kind: str = "cnn"
@@ -41,6 +43,7 @@ class PredictorConfig:
     heads: int = 1
     head_dim: int = 1
     rank: int = 1
+    group: int = 1
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -94,5 +97,8 @@ NETWORKS: dict[str, Callable[[PredictorConfig], nn.Module]] = {
     "cnn-unpadded": lambda config: UnpaddedCNN(),
     "streaming": lambda config: StreamingNetwork(
         max(1, len(config.layer_ids)), config.heads, config.head_dim, config.rank if config.rank > 1 else 0
+    ),
+    "seer-gate": lambda config: SeerGate(
+        max(1, len(config.layer_ids)), config.heads, config.group, config.head_dim, config.rank
     ),
 }

@@ -1,8 +1,8 @@
 """`Predictor`: a network with the facts that say what it was trained for, and its way to and from disk and the Hub.
 
-A saved predictor is a folder: `model.safetensors` (weights, fp32) and `config.json` (`PredictorConfig`). Nothing in it
-is executed when it is read. The authors' checkpoints are pickles; they are read by the restricted unpickler, which
-builds tensors and refuses everything else.
+A saved predictor is a folder: `model.safetensors` (weights, fp32; of a gate fp16) and `config.json` (`PredictorConfig`).
+Nothing in it is executed when it is read. The authors' checkpoints are pickles; they are read by the restricted unpickler,
+which builds tensors and refuses everything else.
 """
 
 import os
@@ -20,6 +20,7 @@ from attnpred.predictor.card import model_card
 from attnpred.predictor.cnn import PaperCNN
 from attnpred.predictor.files import replacing, write_text
 from attnpred.predictor.predictor_config import CARD, CONFIG, HUB_ID, NETWORKS, WEIGHTS, PredictorConfig
+from attnpred.predictor.seer_gate import SeerGate
 from attnpred.predictor.streaming import StreamingNetwork
 from attnpred.shapes import expect
 
@@ -30,7 +31,7 @@ SMALLEST_WIDTH = 3
 
 
 class Predictor(nn.Module):
-    """Scores the blocks that the next token will attend from the rows of the last tokens. Weights stay fp32."""
+    """Scores the blocks that the next token will attend from the rows of the last tokens. Weights keep their precision."""
 
     def __init__(self, config: PredictorConfig | None = None) -> None:
         super().__init__()
@@ -50,6 +51,12 @@ class Predictor(nn.Module):
     def streaming(self) -> StreamingNetwork:
         """The network of a streaming predictor."""
         assert isinstance(self.network, StreamingNetwork)
+        return self.network
+
+    @property
+    def gate(self) -> SeerGate:
+        """The network of a predictor that is a gate."""
+        assert isinstance(self.network, SeerGate)
         return self.network
 
     @property

@@ -48,6 +48,8 @@ class Store(ABC):
     block_size: int
     length: int
     """Tokens."""
+    queries_alike: int | None = None
+    """To how many successive queries a block has the same keys; None: to all."""
 
     @property
     @abstractmethod
@@ -86,6 +88,10 @@ class Store(ABC):
     @abstractmethod
     def wait(self, selection: Tensor) -> Resident:
         """Return when every block of `selection` is in fast memory; fetch what nobody requested. -1 gets any slot."""
+
+    def wait_at(self, selection: Tensor, length: int) -> Resident:
+        """Return what `wait` does, with the keys as the last of `length` tokens sees them."""
+        return self.wait(selection)
 
     def release(self, kept: Tensor) -> None:
         """Of the blocks that exist, only those of `kept` [B, Hkv, K] will be asked for again; -1 is none.

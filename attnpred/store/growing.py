@@ -37,6 +37,31 @@ class Growing:
         """Return what is there, [B, H, length, D]."""
         return self._held[:, :, : self.length] if self._held.ndim == 4 else self._held
 
+    @property
+    def batch(self) -> int:
+        return self._held.shape[0] if self._held.ndim == 4 else 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._held.device
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token of one head."""
+        return self._held.shape[-1] * self._held.element_size()
+
+    def of(self, heads: slice) -> Tensor:
+        """Return what is there of these heads, [B, H', length, D]."""
+        return self.view()[:, heads]
+
+    def gather(self, tokens: Tensor, heads: slice) -> Tensor:
+        """Return the `tokens` [B, H', T], places from `start` on, of these heads: [B, H', T, D], H' = G times as many."""
+        return gathered(self.view()[:, heads], tokens)
+
+    def left(self, blocks: int) -> Tensor | None:
+        """Return None: nothing was given back (`Evictable`)."""
+        return None
+
     def append(self, new: Tensor) -> None:
         """Add tokens, [B, H, T, D]."""
         if self._held.ndim != 4:
@@ -84,3 +109,10 @@ class Growing:
     def bytes(self) -> int:
         """Bytes that are taken, those of the room included."""
         return self._held.numel() * self._held.element_size()
+
+
+def gathered(stored: Tensor, places: Tensor) -> Tensor:
+    """Return [B, H', T, D] from stored [B, H, L, D]: the `places` [B, H', T], of each head for each of its query heads."""
+    group = places.shape[1] // stored.shape[1]
+    shown = stored.repeat_interleave(group, 1) if group > 1 else stored
+    return shown.gather(2, places[..., None].expand(-1, -1, -1, stored.shape[3]))

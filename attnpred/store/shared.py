@@ -6,6 +6,9 @@ lower layer, which lie in that layer's store, once for the whole group. `CROP` t
 that drafted tokens can be taken back; more than that cannot be, and is refused.
 
 To a policy that selects, it is a store like any other: a block read by `wait` is put together from both layers.
+
+Where the policy evicts, blocks are freed here too: a head's values when it gives them back, keys when every head that
+takes them has. Then a layer that only leads is one of these as well, and knows who follows it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +19,11 @@ from torch import Tensor
 
 from attnpred.errors import CacheFileError, ConfigError
 from attnpred.kernels.shared import Part, Split
+from attnpred.shapes import num_blocks
 from attnpred.store.base import Piece, Resident, Store
+from attnpred.store.evictable import Evictable
 from attnpred.store.export import Export
-from attnpred.store.growing import Growing
+from attnpred.store.growing import Growing, gathered
 from attnpred.store.pool import BlockPool
 from attnpred.store.sealed import SealedBlocks
 
@@ -28,13 +33,29 @@ CROP = 64
 
 @final
 class SharedPool(Store):
-    """leaders: for each kv head the store of the layer whose distant keys it takes, or None where it has its own."""
+    """leaders: for each kv head the store of the layer whose distant keys it takes, or None where it has its own.
 
-    def __init__(self, block_size: int, leaders: "Sequence[BlockPool | SharedPool | None]", split: Split) -> None:
+    evicts: blocks can be given back (`release`); otherwise that does nothing.
+    """
+
+    queries_alike = 1  # what is near to one query is distant to a later one
+
+    def __init__(
+        self,
+        block_size: int,
+        leaders: "Sequence[BlockPool | SharedPool | None]",
+        split: Split,
+        *,
+        evicts: bool = False,
+    ) -> None:
         self.block_size, self.leaders, self.split = block_size, tuple(leaders), split
         self.own = [head for head, leader in enumerate(leaders) if leader is None]
         self.following = [head for head, leader in enumerate(leaders) if leader is not None]
-        self._values, self._keys = Growing(), Growing()  # of all heads; of those that lead
+        self.followers: list[SharedPool] = []
+        for leader in self._led_by():
+            leader.followers.append(self)
+        self._values: Growing | Evictable = Evictable(block_size) if evicts else Growing()  # of all heads
+        self._keys: Growing | Evictable = Evictable(block_size) if evicts else Growing()  # of those that lead
         self._sinks, self._recent = Growing(spare=0), Growing()  # keys of those that follow
         self.clear()
 
@@ -46,7 +67,7 @@ class SharedPool(Store):
 
     @property
     def batch(self) -> int:
-        return self._values.view().shape[0] if self.length else 0
+        return self._values.batch
 
     @property
     def heads(self) -> int:
@@ -54,7 +75,7 @@ class SharedPool(Store):
 
     @property
     def values(self) -> Tensor:
-        """[B, Hkv, L, Dv]."""
+        """[B, Hkv, L, Dv]. Raises `StoreError` after blocks were given back."""
         return self._values.view()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -87,18 +108,45 @@ class SharedPool(Store):
         if leader is not None:
             return leader.view()[0][:, first:last]
         start = self.own.index(first)
-        return self._keys.view()[:, start : start + last - first]
+        return self._keys.of(slice(start, start + last - first))
+
+    def _led_by(self) -> "list[SharedPool]":
+        """Return the stores whose keys are taken here, and which can free them: each once."""
+        return list({id(leader): leader for leader in self.leaders if isinstance(leader, SharedPool)}.values())
+
+    def release(self, kept: Tensor) -> None:
+        if isinstance(self._values, Evictable):
+            self._values.release(kept)
+            for store in (self, *self._led_by()):
+                store._release_keys()
+
+    def _release_keys(self) -> None:
+        """Free the keys that no head needs, of this layer or of one that follows it."""
+        if not self.own or not isinstance(self._keys, Evictable):
+            return
+        blocks = num_blocks(self.length, self.block_size)
+        needed = self._values.left(blocks)
+        if needed is None:
+            return
+        needed = needed[:, self.own]
+        for follower in self.followers:
+            taken = [i for i, head in enumerate(self.own) if follower.leaders[head] is self]
+            left = follower._values.left(blocks)
+            if left is None:  # it has not chosen yet
+                needed[:, taken] = True
+            else:
+                needed[:, taken] |= left[:, [self.own[i] for i in taken]]
+        ids = torch.arange(blocks, device=needed.device).expand_as(needed)
+        self._keys.release(ids.masked_fill(~needed, -1))
 
     def runs(self) -> list[tuple[int, int]]:
         """Return the kv heads, [first, last), that lie side by side and take distant keys from one layer."""
         edges = [h for h in range(1, len(self.leaders)) if self.leaders[h] is not self.leaders[h - 1]]
         return list(zip([0, *edges], [*edges, len(self.leaders)], strict=True))
 
-    def _put_together(self, start: int, stop: int, *, near: bool) -> Tensor:
-        """Return keys [B, Hkv, stop - start, D]: with `near`, the layer's own where they are near to the last token."""
+    def _put_together(self, start: int, stop: int) -> Tensor:
+        """Return keys [B, Hkv, stop - start, D], the layer's own where they are near to the last token."""
         keys = torch.cat([self.distant(*run)[:, :, start:stop] for run in self.runs()], 1)
-        if not near:
-            return keys
         places = torch.arange(start, stop, device=keys.device)
         last = torch.tensor([self.length - 1], device=keys.device)
         is_near = Split(self.split.sinks, self.split.recent, self.first).near(last, places)[:, 0]  # [B or 1, T]
@@ -114,37 +162,39 @@ class SharedPool(Store):
     def pieces(self) -> Iterator[Piece]:
         for start in range(0, self.length, self.piece_tokens):
             stop = min(start + self.piece_tokens, self.length)
-            yield Piece(start, self._put_together(start, stop, near=True), self.values[:, :, start:stop])
+            yield Piece(start, self._put_together(start, stop), self.values[:, :, start:stop])
 
     def keys_of(self, first: int, last: int) -> Tensor:
         """Return the keys that the blocks will have once they are distant."""
-        return self._put_together(first * self.block_size, last * self.block_size, near=False)
+        tokens = torch.arange(first * self.block_size, last * self.block_size, device=self._recent.device)
+        runs = [tokens.expand(self.batch, end - begin, -1) for begin, end in self.runs()]
+        return torch.cat([self._distant_tokens(*run, one) for run, one in zip(self.runs(), runs, strict=True)], 1)
 
     def view(self) -> tuple[Tensor, Tensor]:
-        return self._put_together(0, self.length, near=True), self.values
+        return self._put_together(0, self.length), self.values
 
     def request(self, selection: Tensor) -> None:
         """Do nothing: every block is there."""
 
     def wait(self, selection: Tensor) -> Resident:
+        return self.wait_at(selection, self.length)
+
+    def wait_at(self, selection: Tensor, length: int) -> Resident:
         """Return copies of the selected blocks alone, one behind the other."""
+        if isinstance(self._values, Evictable):
+            self._values.require(selection)
         batch, selecting, count = selection.shape
         size, device = self.block_size, selection.device
         inside = torch.arange(size, device=device)
         tokens = (selection.clamp_min(0)[..., None] * size + inside).flatten(2).clamp_max(self.length - 1)
         group = selecting // len(self.leaders)
-
-        def gathered(stored: Tensor, wanted: Tensor) -> Tensor:
-            shown = stored.repeat_interleave(group, 1) if group > 1 else stored
-            return shown.gather(2, wanted[..., None].expand(-1, -1, -1, stored.shape[3]))
-
         keys = []
         for first, last in self.runs():
             wanted = tokens[:, first * group : last * group]
-            found = gathered(self.distant(first, last), wanted)
+            found = self._distant_tokens(first, last, wanted)
             if self.leaders[first] is not None:
                 begin = self.following.index(first)
-                ages = self.length - 1 - wanted
+                ages = length - 1 - wanted
                 begins = 0 if self.first is None else self.first[:, None, None]
                 for part, is_near in (
                     (self._recent, (ages < self.split.recent) & (wanted >= self._recent.start)),
@@ -156,7 +206,17 @@ class SharedPool(Store):
                         found = torch.where(is_near[..., None], gathered(own, places), found)
             keys.append(found)
         slots = torch.arange(count, device=device).expand(batch, selecting, count)
-        return Resident(torch.cat(keys, 1), gathered(self.values, tokens), slots)
+        return Resident(torch.cat(keys, 1), self._values.gather(tokens, slice(None)), slots)
+
+    def _distant_tokens(self, first: int, last: int, tokens: Tensor) -> Tensor:
+        """Return the distant keys of `tokens` [B, H', T] for the heads `first` to `last`, [B, H', T, D]."""
+        leader = self.leaders[first]
+        if isinstance(leader, SharedPool):
+            return leader._distant_tokens(first, last, tokens)
+        if leader is not None:
+            return gathered(leader.view()[0][:, first:last], tokens)
+        start = self.own.index(first)
+        return self._keys.gather(tokens, slice(start, start + last - first))
 
     def check_crop(self, length: int) -> None:
         """Raise `ConfigError` where own keys that the context of `length` needs have been dropped."""
@@ -185,7 +245,7 @@ class SharedPool(Store):
 
     def _each(self, change: str, how: Any) -> None:
         for part in (self._values, self._keys, self._sinks, self._recent):
-            if part.view().ndim == 4:
+            if part.batch:
                 getattr(part, change)(how)
 
     def export(self) -> Export:
@@ -198,11 +258,10 @@ class SharedPool(Store):
 
     def _key_row(self) -> int:
         """Bytes of one key of one head."""
-        keys = self._recent.view()
-        return keys.shape[-1] * keys.element_size()
+        return self._recent.row_bytes
 
     def block_bytes(self) -> int:
-        return self.block_size * (self._key_row() + self.values.shape[3] * self.values.element_size())
+        return self.block_size * (self._key_row() + self._values.row_bytes)
 
     def key_bytes(self) -> int:
         return self.length * self.batch * len(self.leaders) * self._key_row()
@@ -214,6 +273,9 @@ class SharedPool(Store):
         return sum(part.bytes() for part in (self._values, self._keys, self._sinks, self._recent))
 
     def saved_bytes(self) -> int:
-        """Bytes of keys that lie in other layers alone, and are not held here."""
+        """Bytes of keys that lie in other layers alone, and are not held here; none for blocks that were given back."""
         tokens = self.length * len(self.following) * self.batch
+        left = self._values.left(num_blocks(self.length, self.block_size))
+        if left is not None:
+            tokens -= int((~left[:, self.following]).sum()) * self.block_size
         return tokens * self._key_row() - self._sinks.bytes() - self._recent.bytes()

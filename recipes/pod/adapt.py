@@ -1,12 +1,13 @@
 """Continue the training of the demo LM with layers that share the keys of distant tokens (PoD), beside a dense control.
 
-    OMP_NUM_THREADS=1 python -m recipes.pod.adapt --data FOLDER --groups groups.json --work FOLDER
+    OMP_NUM_THREADS=1 python -m recipes.pod.adapt --data FOLDER --groups groups.json --work FOLDER --out result.json
 
 FOLDER of `--data` is the work folder of a demo LM (`recipes.demo_lm.train` fills it); groups are those of `attnpred
 analyse-layers demo`, made again for `--delta`, because no two layers of the demo LM reach the published 0.5. Both runs
 begin with the shipped weights, and see the same sequences in the same order: sharing from the first step on in one, never
-in the other. `work/result.json` has the held-out losses before and after, each with and without sharing, so that what the
-further training is worth by itself can be taken off; `work/shared.safetensors` and `work/dense.safetensors` the weights.
+in the other. `--out` has the held-out losses before and after, each with and without sharing, so that what the further
+training is worth by itself can be taken off; `work/shared.safetensors` and `work/dense.safetensors` the weights. A run
+that was stopped goes on where it last saved, if it is called with the same options: what is drawn depends on the step.
 
 The paper adapts a model of 8B parameters for 5B tokens at 32K. What is here is a trial of the same kind, not of the size.
 """
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from attnpred.hf import DEMO_MODEL
 from attnpred.kernels.shared import Split
+from attnpred.predictor.files import write_text
 from attnpred.predictor.layer_groups import LayerGroups
 from recipes.demo_lm import model
 from recipes.demo_lm.samples import ANSWER, Sampler
@@ -36,7 +38,8 @@ from recipes.demo_lm.train import LONG, Stage, batch
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 ARMS = ("shared", "dense")
-HELD_OUT, SEED = 8, 7  # windows of the held-out books, and questions planted in them
+HELD_OUT, SEED = 16, 7  # windows of the held-out books, and questions planted in them
+SAVE_SECONDS = 60
 
 
 def mixing(leaders: dict[int, tuple[int, ...]], split: Split) -> Attend:
@@ -79,12 +82,16 @@ def held_out(
 
 
 def train(
-    params: dict[str, Tensor], shape: model.Shape, sampler: Sampler, stage: Stage, lr: float, attend: Attend | None
-) -> None:
+    params: dict[str, Tensor], shape: model.Shape, sampler: Sampler, stage: Stage, lr: float, attend: Attend | None,
+    checkpoint: Path,
+) -> None:  # fmt: skip
     """Continue the training for `stage.tokens` tokens; the learning rate falls to nothing as a cosine."""
     optimizer = torch.optim.AdamW(list(params.values()), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    done = 0
+    done = _resumed(checkpoint, params, optimizer) if checkpoint.exists() else 0
+    started = saved = time.time()
+    since = done
     while done < stage.tokens:
+        sampler.rng = random.Random(f"{SEED + 1}/{done}")
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done / stage.tokens))
         drawn = batch(sampler, stage, shape.max_positions)
@@ -95,6 +102,30 @@ def train(
         torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         optimizer.step()
         done += drawn[0].numel()
+        if time.time() - saved > SAVE_SECONDS or done >= stage.tokens:
+            saved = time.time()
+            rate = (done - since) / (saved - started)
+            print(
+                f"{checkpoint.stem}: {done} of {stage.tokens} tokens, {rate:.0f} a second, loss {loss:.4f}", flush=True
+            )
+            _save(checkpoint, params, optimizer, done)
+
+
+def _save(path: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, done: int) -> None:
+    state = {name: tensor.detach() for name, tensor in params.items()} | {"done": torch.tensor(done)}
+    for name, tensor in params.items():
+        state |= {f"{kind}:{name}": value for kind, value in optimizer.state[tensor].items()}
+    save_file(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def _resumed(path: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Fill parameters and the optimizer's state from `path`; return the tokens that were done."""
+    state = load_file(path)
+    for name, tensor in params.items():
+        tensor.data.copy_(state[name])
+        optimizer.state[tensor] = {kind: state[f"{kind}:{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
+    return int(state["done"])
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -102,6 +133,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--groups", type=Path, required=True, help="file of `attnpred analyse-layers demo`")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="file of the result; default: WORK/result.json")
     parser.add_argument("--delta", type=float, default=0.25)
     parser.add_argument("--sinks", type=int, default=16)
     parser.add_argument("--recent", type=int, default=240)
@@ -119,7 +151,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     stage = Stage(args.tokens, args.length, args.batch, args.length * 3 // 4, LONG)
     unseen = Sampler(np.load(args.data / "heldout.npy", mmap_mode="r"), tokenizer, random.Random(SEED))
     fixed = Stage(0, args.length, HELD_OUT, args.length * 3 // 4, {"planted": 0.5, "book": 0.5})
-    drawn = [batch(unseen, fixed, shape.max_positions)]
+    drawn = [
+        tuple(part[i : i + 4] for part in every)
+        for every in [batch(unseen, fixed, shape.max_positions)]
+        for i in range(0, HELD_OUT, 4)
+    ]
 
     def scores(params: dict[str, Tensor]) -> dict[str, Any]:
         return {arm: held_out(params, shape, drawn, sharing if arm == "shared" else None) for arm in ARMS}
@@ -131,15 +167,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "groups": groups.groups, "delta": args.delta, "sinks": args.sinks, "recent": args.recent, "dropped": groups.dropped,
-        "tokens": args.tokens, "length": args.length, "lr": args.lr, "before": scores(shipped()), "after": {},
+        "tokens": args.tokens, "length": args.length, "batch": args.batch, "lr": args.lr, "before": scores(shipped()), "after": {},
     }  # fmt: skip
     for arm in ARMS:
         started, params = time.time(), shipped()
-        sampler = Sampler(np.load(args.data / "train.npy", mmap_mode="r"), tokenizer, random.Random(SEED + 1))
-        train(params, shape, sampler, stage, args.lr, sharing if arm == "shared" else None)
+        sampler = Sampler(np.load(args.data / "train.npy", mmap_mode="r"), tokenizer, random.Random())
+        train(
+            params,
+            shape,
+            sampler,
+            stage,
+            args.lr,
+            sharing if arm == "shared" else None,
+            args.work / f"{arm}.checkpoint",
+        )
         result["after"][arm] = scores(params) | {"seconds": round(time.time() - started)}
         save_file({name: tensor.detach() for name, tensor in params.items()}, args.work / f"{arm}.safetensors")
-    (args.work / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_text(args.out or args.work / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 

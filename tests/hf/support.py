@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attnpred.config import CacheConfig
-from attnpred.policies import SepLLM
+from attnpred.policies import POLICIES, FastGen, SepLLM
 from attnpred.policies.base import Policy
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 
@@ -56,15 +56,24 @@ def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def separators(policy: str) -> Policy[Any] | str:
-    """Return `policy`; for the one that needs a tokenizer, which the models here have not, with ids of its own."""
+    """Return `policy`; for those that need a tokenizer, which the models here have not, with ids of their own.
+
+    One that has weights gets those that `predictor` returns.
+    """
+    if policy in POLICIES and POLICIES[policy].predictor_kind:
+        made: Any = POLICIES[policy]
+        return made(predictor(made.predictor_kind))
+    if policy == "fastgen":  # such that heads of a random model choose differently
+        return FastGen((1, 2), tuple(range(3, 9)), mass=0.6, frequent=0.05, local=0.1)
     return SepLLM(tuple(range(3, 20)), most=12, neighbours=24) if policy == "sepllm" else policy
 
 
 @cache
-def predictor() -> Predictor:
-    """Return a predictor that was never trained, for the blocks of `SMALL`."""
+def predictor(kind: str = "streaming") -> Predictor:
+    """Return a predictor that was never trained, for the blocks of `SMALL`, and if it is a gate, these models."""
     torch.manual_seed(0)
-    return Predictor(PredictorConfig(kind="streaming", block_size=SMALL.block_size)).eval()
+    sizes = {"group": 2, "head_dim": 8, "rank": 8} if kind == "seer-gate" else {}
+    return Predictor(PredictorConfig(kind, SMALL.block_size, **sizes)).eval()
 
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, 97))]

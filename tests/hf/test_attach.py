@@ -337,7 +337,9 @@ def test_a_predictor_of_another_model_is_used_with_one_warning(
     model: PreTrainedModel, said: Callable[[], list[str]], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attnpred.hf.choose, "shipped", dict)
-    with pytest.raises(ConfigError, match="got no general predictor among those shipped"):
+    with pytest.raises(
+        ConfigError, match=r"got policy 'predicted' for llama \(.*expected a streaming predictor for it"
+    ):
         attnpred.attach(model)
     sizes = {"layers": "0 1", "heads": 2, "head_dim": 8, "rank": 4}
     other = PredictorConfig("streaming", fingerprint="other-1-2-3-4", **sizes)
@@ -346,7 +348,9 @@ def test_a_predictor_of_another_model_is_used_with_one_warning(
         "other": Predictor(other).save_pretrained(tmp_path / "other"),
     }
     monkeypatch.setattr(attnpred.hf.choose, "shipped", lambda: found)
-    with pytest.raises(ConfigError, match="got no general predictor among those shipped"):
+    with pytest.raises(
+        ConfigError, match=r"got policy 'predicted' for llama \(.*expected a streaming predictor for it"
+    ):
         attnpred.attach(model)
     found["general"] = Predictor(PredictorConfig("streaming")).save_pretrained(tmp_path / "general")
     with attnpred.attach(model, budget=160):

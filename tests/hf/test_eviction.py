@@ -60,7 +60,8 @@ def test_below_it_memory_is_free_and_the_budget_holds(policy: str, block: int) -
         beyond = NEW if decoder.policy.keeps_decoded else 0
         assert decoder.pending[1].shape[2] * block <= 64 + beyond + block
         # left, an eighth of empty slots, room for new tokens; of 424
-        assert store.keys.shape[2] <= (64 + beyond) * 9 // 8 + 64 + 3 * block
+        tokens = store.held_bytes() * block // store.block_bytes() // (store.batch * store.heads)
+        assert tokens <= (64 + beyond) * 9 // 8 + 64 + 3 * block
     assert cache.stats()["total"]["tokens_attended"] <= 64 + (NEW if POLICIES[policy].keeps_decoded else 0)
     assert cache.fast_bytes() < 0.6 * kept.fast_bytes()
 
@@ -116,7 +117,7 @@ def test_freeing_changes_no_token(family: str, policy: str, way: Callable[..., T
             found.append(way(model, cache))
             freed = [layer.store for layer in cache.layers if isinstance(getattr(layer, "store", None), EvictingPool)]
             assert bool(freed) != config.measure_recovery
-            assert all(store.ids is not None for store in freed)
+            assert all(store.slot_of is not None for store in freed)
     assert torch.equal(*found)
 
 
@@ -185,7 +186,7 @@ def test_operations(
                 path: Path = tmp_path_factory.mktemp("saved") / "cache.kv"
                 pair[0].save(path)
                 pair[0] = TieredCache.load(path, model)
-                assert all(layer.store.ids is not None for layer in pair[0].layers)
+                assert all(layer.store.slot_of is not None for layer in pair[0].layers)
 
 
 def test_a_prompt_that_was_loaded_goes_on_and_takes_as_little(tmp_path: Path) -> None:

@@ -25,14 +25,14 @@ import attnpred
 from attnpred.errors import StoreError, TierFullError
 from attnpred.hf import Attached, TieredCache
 from attnpred.hf.sizes import estimate_for
-from attnpred.policies import POLICIES, Policy, Predicted
+from attnpred.policies import POLICIES, Policy
 from attnpred.policies.tidal import TidalDecode
 from attnpred.store import backing, estimate
 from attnpred.store.disk import DiskTier
 from attnpred.store.fake import FakeTier
 from attnpred.store.host import HostTier
 from attnpred.store.tiered import TieredStore
-from tests.hf.support import SMALL, greedy_logits, left_padded, offloaded, predictor, separators
+from tests.hf.support import SMALL, greedy_logits, left_padded, offloaded, separators
 from tests.models import prompt, tiny_model
 
 LONG, NEW = 100, 9  # above the 64 tokens of the budget
@@ -44,7 +44,7 @@ Run = tuple[Tensor, Tensor]
 def chosen(policy: str) -> Policy[Any] | str:
     if policy == "tidal":  # whose layers by default all attend to everything in so small a model
         return TidalDecode(sparse_layer_start=0)
-    return Predicted(predictor()) if policy == "predicted" else separators(policy)
+    return separators(policy)
 
 
 @pytest.fixture(scope="module")

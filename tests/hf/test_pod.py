@@ -17,14 +17,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import attnpred
+from attnpred.config import CacheConfig
 from attnpred.errors import CacheFileError, ConfigError, NotSparseError, UnsupportedModelError
 from attnpred.hf import TieredCache, fingerprint
-from attnpred.policies import Predicted
+from attnpred.policies import POLICIES, Predicted
 from attnpred.predictor.layer_groups import LayerGroups
 from attnpred.store import shared
 from attnpred.store.pool import BlockPool
 from attnpred.store.shared import SharedPool
-from tests.hf.support import COVERING, SMALL, greedy, greedy_logits, left_padded, predictor
+from tests.hf.support import COVERING, SMALL, greedy, greedy_logits, left_padded, predictor, separators
 from tests.models import prompt, tiny_model
 
 Groups = tuple[tuple[tuple[int, ...], ...], ...]
@@ -56,8 +57,14 @@ def write(tmp_path: Path) -> Callable[..., str]:
     return save
 
 
-def naive_attention(leaders: dict[int, tuple[int, ...]], tau: float | None) -> Callable[..., tuple[Tensor, None]]:
-    """Return an attention function for calls without a cache."""
+def naive_attention(
+    leaders: dict[int, tuple[int, ...]], tau: float | None, windows: tuple[int, int], kept: list[Tensor] | None
+) -> Callable[..., tuple[Tensor, None]]:
+    """Return an attention function for calls without a cache.
+
+    kept: of each layer, which tokens [B, Hkv, T] of the first T are left to the queries behind them.
+    """
+    sinks, recent = windows
     seen: dict[int, Tensor] = {}  # keys of each layer, in this call of the model
     distant: dict[int, Tensor] = {}  # log-sum-exp of the distant part, [B, Hq, L]
 
@@ -75,11 +82,15 @@ def naive_attention(leaders: dict[int, tuple[int, ...]], tau: float | None) -> C
                 shown = torch.arange(length) <= i if mask is None else mask[b, 0, i]
                 begin = int(shown.int().argmax())
                 places = [t for t in range(length) if bool(shown[t])]
-                near = torch.tensor([t < begin + SINKS or i - t < RECENT for t in places], dtype=torch.bool)
+                near = torch.tensor([t < begin + sinks or i - t < recent for t in places], dtype=torch.bool)
                 logits = torch.zeros(heads, len(places))
                 for h in range(heads):
                     own, far = (k[b, h // group, places] @ query[b, h, i] for k in (key, seen[lows[h // group]]))
                     logits[h] = torch.where(near, own, far) * scaling
+                    if kept is not None and i >= kept[0].shape[2]:
+                        left = kept[module.layer_idx][b, h // group]
+                        gone = torch.tensor([t < len(left) and not left[t] for t in places])
+                        logits[h] = logits[h].masked_fill(gone, -torch.inf)
                 if kwargs.get("softcap") is not None:
                     logits = kwargs["softcap"] * torch.tanh(logits / kwargs["softcap"])
                 distant[module.layer_idx][b, :, i] = logits[:, ~near].logsumexp(1) if not near.all() else -torch.inf
@@ -103,10 +114,16 @@ def naive() -> Iterator[Callable[..., None]]:
     """Return a function that gives a model the naive attention, until the test ends."""
     changed: list[tuple[PreTrainedModel, str]] = []
 
-    def switch(model: PreTrainedModel, groups: Groups = MIXED, tau: float | None = None) -> None:
+    def switch(
+        model: PreTrainedModel,
+        groups: Groups = MIXED,
+        tau: float | None = None,
+        windows: tuple[int, int] = (SINKS, RECENT),
+        kept: list[Tensor] | None = None,
+    ) -> None:
         layers = [layer for group in groups[0] for layer in group]
         leaders = {i: tuple(next(g[0] for g in head if i in g) for head in groups) for i in layers}
-        AttentionInterface.register("naive_pod", naive_attention(leaders, tau))
+        AttentionInterface.register("naive_pod", naive_attention(leaders, tau, windows, kept))
         AttentionMaskInterface.register("naive_pod", sdpa_mask)
         changed.append((model, model.config._attn_implementation))
         model.set_attn_implementation("naive_pod")
@@ -249,14 +266,18 @@ def test_rows_and_forks_go_their_own_way(write: Callable[..., str]) -> None:
 def held(cache: TieredCache) -> int:
     """Return the bytes of all tensors of all stores, found by walking through them."""
     seen: dict[int, int] = {}
+    passed: set[int] = set()  # stores of layers that share know each other
 
     def walk(value: Any) -> None:
+        if id(value) in passed:
+            return
         if isinstance(value, Tensor):
             seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, list | tuple):
             for one in value:
                 walk(one)
         elif type(value).__module__.startswith("attnpred.store"):
+            passed.add(id(value))
             walk(list(vars(value).values()))
 
     walk([layer.store for layer in cache.layers])
@@ -310,6 +331,157 @@ def test_any_policy_can_select_in_a_cache_that_shares(write: Callable[..., str],
         assert attached.stats()["saved_bytes"] > 0
 
 
+def settings_of(path: str, **how: Any) -> CacheConfig:
+    """Return the settings of these tests with groups, and windows of their own that are those of `SMALL`."""
+    return replace(SMALL, layer_groups=path, own_sinks=8, own_recent=8, **how)
+
+
+EVICTING = [name for name, policy in POLICIES.items() if policy.evicts]
+
+
+@pytest.mark.parametrize("name", ["snapkv", "streaming", "predicted"])
+def test_with_room_for_everything_it_is_pod(name: str, write: Callable[..., str]) -> None:
+    model, tokens = tiny_model("llama"), prompt(2, 70)
+    chosen: Any = Predicted(predictor()) if name == "predicted" else name
+    config = settings_of(write(model), budget=200)
+    with attnpred.attach(model, policy="pod", config=config):
+        want, logits = greedy_logits(model, tokens, 10)
+    with attnpred.attach(model, policy=chosen, config=config) as attached:
+        found, same = greedy_logits(model, tokens, 10)
+        assert attached.stats()["total"]["sparse_steps"] == 0
+    assert torch.equal(found, want) and torch.equal(same, logits)
+    with attnpred.attach(model, policy=chosen, config=replace(config, dense_when_fits=False)) as attached:
+        found, same = greedy_logits(model, tokens, 10)
+        assert attached.stats()["total"]["sparse_steps"] == 27
+    assert torch.equal(found, want)
+    torch.testing.assert_close(same, logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_groups_of_one_layer_are_the_policy_alone(name: str, write: Callable[..., str]) -> None:
+    model, tokens = tiny_model("llama"), prompt(2, 110)
+    config = settings_of(write(model, ALONE))
+    with attnpred.attach(model, policy=separators(name), config=replace(config, layer_groups=None)) as attached:
+        want, logits = greedy_logits(model, tokens, 10)
+        taken = attached.stats()["fast_bytes"]
+    with attnpred.attach(model, policy=separators(name), config=config) as attached:
+        found, same = greedy_logits(model, tokens, 10)
+        assert attached.stats()["fast_bytes"] == taken and attached.stats()["saved_bytes"] == 0
+    assert torch.equal(found, want) and torch.equal(same, logits)
+
+
+def chosen_blocks(cache: TieredCache) -> list[Tensor]:
+    """Return what each layer has left, [B, Hkv, N], by what its decoder knows."""
+    blocks = -(-cache.get_seq_length() // SMALL.block_size)
+    return [cache.decoder(i).left.mask(blocks) for i in range(3)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", EVICTING)
+def test_what_no_layer_of_a_group_needs_is_freed(name: str, write: Callable[..., str]) -> None:
+    model, tokens = tiny_model("llama"), prompt(1, 400)
+    config = settings_of(write(model))
+    with attnpred.attach(model, policy=separators(name), config=replace(config, layer_groups=None)) as attached:
+        alone = attached.new_cache()
+        model(tokens, past_key_values=alone)
+    with attnpred.attach(model, policy="pod", config=config) as attached:
+        shared_alone = attached.new_cache()
+        model(tokens, past_key_values=shared_alone)
+    with attnpred.attach(model, policy=separators(name), config=config) as attached:
+        cache = attached.new_cache()
+        model(tokens, past_key_values=cache)
+        for token in prompt(1, 12, 5).split(1, 1):
+            model(token, past_key_values=cache)
+        stores = [layer.store for layer in cache.layers]  # what a policy remembers is beside them
+        assert held(cache) == sum(store.fast_bytes() for store in stores)
+        left = chosen_blocks(cache)
+        for head, groups in enumerate(MIXED):
+            for group in groups:
+                store = cache.layers[group[0]].store
+                keys = store._keys.left(left[0].shape[2])[:, store.own.index(head)]
+                assert torch.equal(keys, torch.stack([left[i][:, head] for i in group]).any(0))
+        for i, layer in enumerate(cache.layers):
+            assert torch.equal(layer.store._values.left(left[i].shape[2]), left[i])
+    assert cache.fast_bytes() < shared_alone.fast_bytes() / 2
+    assert name != "snapkv" or cache.fast_bytes() < 1.2 * alone.fast_bytes()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["snapkv", "streaming", "h2o"])
+@pytest.mark.parametrize("tokens_at_once", [1, 11])
+def test_after_eviction_it_equals_the_naive_implementation(
+    name: str, tokens_at_once: int, write: Callable[..., str], naive: Callable[..., None]
+) -> None:
+    model, tokens = tiny_model("llama"), prompt(2, 121)
+    config = settings_of(write(model), budget=48)
+    with attnpred.attach(model, policy=name, config=config) as attached:
+        cache = attached.new_cache()
+        model(tokens[:, :110], past_key_values=cache)
+        left = [one.repeat_interleave(SMALL.block_size, 2)[..., :110] for one in chosen_blocks(cache)]
+        fork = cache.fork()
+        fork.reorder_cache(torch.tensor([1, 0]))
+        found = model(tokens[:, 110 : 110 + tokens_at_once], past_key_values=cache).logits
+        turned = model(tokens[[1, 0], 110 : 110 + tokens_at_once], past_key_values=fork).logits
+    assert any(bool((~one).any()) for one in left)
+    torch.testing.assert_close(turned, found[[1, 0]])
+    naive(model, windows=(8, 8), kept=left)
+    want = model(tokens[:, : 110 + tokens_at_once], use_cache=False).logits[:, 110:]
+    torch.testing.assert_close(found, want, rtol=1e-3, atol=2e-4)
+    naive(model, windows=(1, 1), kept=left)
+    other = model(tokens[:, : 110 + tokens_at_once], use_cache=False).logits[:, 110:]
+    assert (want - other).abs().max() > 0.01, "the windows must matter, or this proves nothing"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["snapkv", "predicted"])
+def test_near_tokens_are_always_attended_to(name: str, write: Callable[..., str]) -> None:
+    model, tokens = tiny_model("llama"), prompt(1, 120)
+    chosen: Any = Predicted(predictor()) if name == "predicted" else name
+    config = replace(SMALL, layer_groups=write(model), own_sinks=11, own_recent=21)
+    with attnpred.attach(model, policy=chosen, config=config) as attached:
+        cache = attached.new_cache()
+        model(tokens, past_key_values=cache)
+        model(tokens[:, :1], past_key_values=cache)
+        for layer in range(3):
+            zone, blocks = cache.decoder(layer).attended or pytest.fail("nothing was selected")
+            near = {0, 1, 2, *range(100 // SMALL.block_size, zone.blocks)}
+            assert all(near <= set(head.tolist()) for head in blocks[0])
+            assert len(set(blocks[0, 0].tolist())) > len(near)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["snapkv", "h2o"])
+def test_rows_forks_and_crops_after_eviction(name: str, write: Callable[..., str]) -> None:
+    model, tokens = tiny_model("llama"), prompt(2, 130)
+    config = settings_of(write(model), budget=48)
+    with attnpred.attach(model, policy=name, config=config) as attached:
+        cache = attached.new_cache()
+        model(tokens[:, :120], past_key_values=cache)
+        fork, other = cache.fork(), cache.fork()
+        want = [model(token, past_key_values=cache).logits for token in tokens[:, 120:].split(1, 1)]
+        fork.batch_select_indices(torch.tensor([1]))
+        fork.batch_repeat_interleave(2)
+        got = [model(token, past_key_values=fork).logits for token in tokens[[1, 1], 120:].split(1, 1)]
+        torch.testing.assert_close(torch.cat(got, 1), torch.cat(want, 1)[[1, 1]])
+        model(tokens[:, 120:121], past_key_values=other)
+        other.crop(-1)
+        assert {layer.get_seq_length() for layer in other.layers} == {120}
+        again = model(tokens[:, 120:121], past_key_values=other).logits
+        if name == "snapkv":  # what h2o dropped at that step is gone
+            torch.testing.assert_close(again, want[0])
+
+
+def test_padded_rows_give_what_they_give_alone_after_eviction(write: Callable[..., str]) -> None:
+    model = tiny_model("llama")
+    rows = [prompt(1, 120), prompt(1, 100, 1)]  # whole blocks of padding, so that blocks are cut alike
+    tokens, mask = left_padded(rows)
+    with attnpred.attach(model, policy="snapkv", config=settings_of(write(model), budget=48)):
+        together = greedy(model, tokens, 10, attention_mask=mask)
+        alone = [greedy(model, row, 10) for row in rows]
+    for got, want in zip(together, alone, strict=True):
+        assert got[-10:].tolist() == want[0, -10:].tolist()
+
+
 # What is refused
 
 
@@ -324,8 +496,12 @@ def test_what_does_not_fit_together_is_refused(write: Callable[..., str], tmp_pa
 
     refused("got .*groups.json of tiny .* expected the same model", of=other)
     refused("got layer_groups with offload='cpu'", offload="cpu")
-    refused("got distant_gate with a policy that selects blocks", policy="quest", distant_gate=0.7)
-    refused("got layer_groups with a policy that evicts", policy="streaming")
+    gated = {"distant_gate": 0.7, "own_recent": 64}
+    refused("got distant_gate with a policy that selects blocks", policy="quest", **gated)
+    refused(
+        "got budget=1024 with layer_groups and own_recent=4080, expected at least 4176: .* lower own_recent",
+        policy="snapkv",
+    )
     refused("expected a file of `attnpred analyse-layers`", layer_groups=str(tmp_path / "none.json"))
     refused("got own_recent=0, expected a whole number of at least 1", own_recent=0)
     refused("got distant_gate=1.5, expected a share", distant_gate=1.5)

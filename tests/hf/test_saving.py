@@ -39,7 +39,8 @@ LENGTH = 90  # of the prompt; two tokens of its last block, and the budget holds
 
 
 def predictor_of(policy: str) -> Predictor | None:
-    return {"predicted": predictor(), "cnn": CNN}.get(policy)
+    kind = POLICIES[policy].predictor_kind if policy in POLICIES else ""
+    return CNN if policy == "cnn" else predictor(kind) if kind else None
 
 
 def attached(policy: str, settings: CacheConfig = SMALL, family: str = "llama") -> attnpred.hf.Attached:

@@ -17,6 +17,7 @@ from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.policies.predicted import Predicted
+from attnpred.policies.seer import Seer
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from tests.hf.support import SMALL, predictor
 from tests.models import BASE, FAMILIES, prompt, tiny_model
@@ -46,6 +47,7 @@ def trained() -> Predictor:
 CHOICES: dict[str, Any] = {
     "predicted": lambda: Predicted(predictor()),
     "trained": lambda: Predicted(trained()),
+    "seer": lambda: Seer(predictor("seer-gate")),
     "cnn": lambda: PaperForecast(Predictor(PredictorConfig(kind="cnn", block_size=4)).eval()),
     **{name: POLICIES[name] for name in ("ema", "h2o", "last_step", "quest", "mean_key", "oracle", "streaming")},
 }

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnpred.kernels import DECODE_BACKENDS
+from attnpred.kernels.decoding import HAS_NUMBA, numba_serves
 from attnpred.kernels.reference import sparse_decode as reference
 
 PLAIN = [name for name in DECODE_BACKENDS if name != "numba"]
@@ -89,3 +90,28 @@ def test_half_precision_keeps_fp32_logits(dtype: torch.dtype) -> None:
     want = reference(query * 4, keys, values, selection, 48, block_size=16, scale=0.125)
     assert got[0].dtype == dtype
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DECODE_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_heads_may_be_one_memory_in_which_each_has_its_own_slots(name: str, dtype: torch.dtype) -> None:
+    """As `EvictingPool` gives it where heads keep different numbers of blocks: a view with strides of 0."""
+    random = torch.Generator().manual_seed(0)
+    batch, kv_heads, block, dim = 2, 3, 4, 16
+    memory = [torch.randn(40 * block, dim, generator=random).to(dtype) for _ in range(2)]
+    slots = torch.randperm(40, generator=random)[: batch * kv_heads * 6].view(batch, kv_heads, 6)
+    ids = torch.stack([torch.randperm(9, generator=random)[:6] for _ in range(6)]).view(batch, kv_heads, 6)
+    selection = ids.masked_fill(torch.rand(ids.shape, generator=random) < 0.3, -1)
+    query = torch.randn(batch, 2 * kv_heads, dim, generator=random).to(dtype)
+    shown = [x.expand(batch, kv_heads, -1, -1) for x in memory]
+    own = [torch.zeros(batch, kv_heads, 9, block, dim, dtype=dtype) for _ in range(2)]
+    for one, x in zip(own, memory, strict=True):
+        for b in range(batch):
+            for h in range(kv_heads):
+                one[b, h, ids[b, h]] = x.view(40, block, dim)[slots[b, h]]
+    got = DECODE_BACKENDS[name](query, *shown, selection, 34, block_size=block, scale=0.3, slots=slots)
+    want = reference(query, *(x.flatten(2, 3) for x in own), selection, 34, block_size=block, scale=0.3)
+    for found, right in zip(got, want, strict=True):
+        slack = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found, right, rtol=slack, atol=slack)
+    assert numba_serves(query, *shown, block) == HAS_NUMBA  # so a decode step takes the fast way there

@@ -145,6 +145,19 @@ def test_long_selections_are_cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> 
     close(got, reference.sparse_decode(query, keys, values, selection, 2395, **named))
 
 
+def test_all_heads_may_be_one_memory() -> None:
+    """With strides of 0, as a store gives it in which heads keep different numbers of blocks."""
+    random = torch.Generator().manual_seed(0)
+    memory = torch.randn(40 * 4, 8, generator=random)
+    slots = torch.randperm(40, generator=random)[:36].view(2, 3, 6)
+    selection = torch.arange(6).masked_fill(torch.arange(6) == 2, -1).expand(2, 3, -1)
+    query, shown = torch.randn(2, 6, 8, generator=random), memory.to(DEVICE).expand(2, 3, -1, -1)
+    arguments = (selection, 22), {"block_size": 4, "scale": 0.3, "slots": slots}
+    got = on_device(triton_decode.sparse_decode, query, shown, shown, *arguments[0], **arguments[1])
+    own = memory.expand(2, 3, -1, -1)
+    close(got, reference.sparse_decode(query, own, own, *arguments[0], **arguments[1]))
+
+
 def test_types_may_differ() -> None:
     query, keys, values = cache()
     query, keys, selection = query.half(), keys.bfloat16(), torch.tensor([[[3, 0], [7, 2]]])

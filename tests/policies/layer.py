@@ -9,9 +9,8 @@ from torch import Tensor
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.kernels.dense import AttentionTerms
-from attnpred.policies import POLICIES, Predicted
+from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
-from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.store.pool import BlockPool
 from attnpred.telemetry import LayerCounts
 
@@ -26,7 +25,7 @@ CONFIG = CacheConfig(
 def make(name: str) -> Policy[Any]:
     """Return the policy of that name with its defaults, and weights that were never trained."""
     torch.manual_seed(0)
-    return Predicted(Predictor(PredictorConfig("streaming", block_size=P))) if name == "predicted" else POLICIES[name]()
+    return POLICIES[name].untrained(P, GROUP, DIM)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
-from attnpred.policies import POLICIES, Accumulated, Ema, LastStep, MeanKey, Oracle, Predicted, Quest, Streaming
+from attnpred.policies import POLICIES, Accumulated, Ema, LastStep, MeanKey, Oracle, Quest, Streaming
 from attnpred.policies.base import Policy, View
 from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.policies.select import select_blocks, zone_at
@@ -19,7 +19,7 @@ HEADS, KV_HEADS, DIM = 6, 3, 8
 
 def make(name: str) -> Policy[Any]:
     torch.manual_seed(0)
-    return Predicted(Predictor(PredictorConfig("streaming", block_size=4))) if name == "predicted" else POLICIES[name]()
+    return POLICIES[name].untrained(CONFIG.block_size, HEADS // KV_HEADS, DIM)
 
 
 def view(policy: Policy[Any], rows: torch.Tensor, length: int, keys: torch.Tensor | None = None) -> View[Any]:

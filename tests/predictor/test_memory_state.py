@@ -18,6 +18,7 @@ from attnpred.predictor.incremental import IncrementalCNN
 from attnpred.predictor.key_summary import KeySummary
 from attnpred.predictor.memory import Columns, Memory, NoMemory, State
 from attnpred.predictor.recycled import Recycling
+from attnpred.predictor.seer_gate import GateKeys, GateMap
 from attnpred.predictor.shared_row import SharedRow
 from attnpred.predictor.streaming import Stream
 from attnpred.predictor.turning import Turning
@@ -25,6 +26,7 @@ from attnpred.predictor.turning import Turning
 P, HEADS, DIM, ROWS = 4, 3, 8, 16
 torch.manual_seed(0)
 GIVEN = DigestMap(torch.randn(HEADS, DIM, 4), torch.randn(HEADS, DIM, 4), torch.randn(HEADS, DIM), (1, 4, 1))
+GATE = GateMap(torch.randn(HEADS, DIM, 4), torch.randn(HEADS, 3 * DIM, 4))
 PADDED, UNPADDED = PaperCNN().eval(), UnpaddedCNN().eval()
 
 MEMORIES: dict[str, Callable[[], Memory]] = {
@@ -41,6 +43,7 @@ MEMORIES: dict[str, Callable[[], Memory]] = {
     "centre keys": lambda: CentreKeys(P),
     "clusters": lambda: Clusters(P, 12, 3, 16),
     "turning": lambda: Turning(P),
+    "gate keys": lambda: GateKeys(P, GATE),
     "stream": lambda: Stream(P, None, ROWS),
     "trained stream": lambda: Stream(P, GIVEN, ROWS),
     "cnn": lambda: IncrementalCNN(PADDED, ROWS),

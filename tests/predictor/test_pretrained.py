@@ -113,7 +113,7 @@ def test_a_truncated_file_is_damaged(saved: Path, size: int) -> None:
         ("\xff", "that is not JSON"),
         ("[]", "with a list, expected an object"),
         ('{"size": 1, "block_size": 16}', "with unknown keys ['size'], expected ['kind', 'block_size'"),
-        ('{"kind": "lstm"}', "got kind='lstm', expected one of ['cnn', 'cnn-unpadded', 'streaming']"),
+        ('{"kind": "lstm"}', "got kind='lstm', expected one of ['cnn', 'cnn-unpadded', 'seer-gate', 'streaming']"),
         ('{"format": 2}', "got format=2, expected 1: update attnpred"),
         ('{"block_size": 0}', "got block_size=0, expected a whole number of at least 1"),
         ('{"block_size": true}', "got block_size=True, expected a whole number"),

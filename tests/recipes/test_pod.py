@@ -15,6 +15,8 @@ from attnpred.hf import DEMO_MODEL, fingerprint, load_model
 from attnpred.kernels.shared import Split
 from attnpred.predictor.layer_groups import LayerGroups, grouped
 from recipes.demo_lm import model
+from recipes.demo_lm.train import batch
+from recipes.pod import adapt
 from recipes.pod.adapt import main, mixing
 
 
@@ -67,6 +69,39 @@ def test_a_trial_run_writes_losses_and_weights(groups: Path, tmp_path: Path, dem
     first, second = (load_file(tmp_path / "work" / f"{arm}.safetensors") for arm in ("shared", "dense"))
     assert first.keys() == second.keys() == load_file(DEMO_MODEL / "model.safetensors").keys()
     assert not torch.equal(first["model.norm.weight"], second["model.norm.weight"])
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    groups: Path, tmp_path: Path, demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.asarray(demo[1](demo_book()[:30_000])["input_ids"], dtype=np.uint16)
+    for name in ("train", "heldout"):
+        np.save(tmp_path / f"{name}.npy", ids)
+    short = "--tokens 1200 --length 200 --batch 1 --sinks 4 --recent 30 --delta 0.3 --lr 1e-3".split()
+    options = [*short, "--data", str(tmp_path), "--groups", str(groups)]
+    monkeypatch.setattr(adapt, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(adapt, "HELD_OUT", 2)
+    whole = main([*options, "--work", str(tmp_path / "whole"), "--out", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text())["after"] == whole["after"]
+
+    calls = 0
+
+    def stop_at_the_fifth(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return batch(*given)
+
+    monkeypatch.setattr(adapt, "batch", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        main([*options, "--work", str(tmp_path / "again")])
+    monkeypatch.setattr(adapt, "batch", batch)
+    main([*options, "--work", str(tmp_path / "again")])
+    for arm in ("shared", "dense"):
+        first, second = (load_file(tmp_path / work / f"{arm}.safetensors") for work in ("whole", "again"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_groups_that_share_nothing_are_refused(groups: Path, tmp_path: Path) -> None:

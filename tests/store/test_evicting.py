@@ -129,13 +129,13 @@ def test_bytes_fall_at_once_and_stay_low() -> None:
     store, token = filled(), HEADS * 16 * 4
     before = store.fast_bytes()
     store.release(torch.tensor([[[0, 5, 99], [3, 98, 99]]]))
-    assert before >= 400 * token and store.pool.fast_bytes() <= (3 * 4 + SPARE + 4) * token
-    assert store.fast_bytes() - store.pool.fast_bytes() == 8 * HEADS * (3 + 101)
+    assert before >= 400 * token and store.held_bytes() <= (3 * 4 + SPARE + 4) * token
+    assert store.fast_bytes() - store.held_bytes() == 8 * HEADS * 100
     for i in range(300):  # a window of ten blocks
         store.append(torch.randn(1, HEADS, 1, 8), torch.randn(1, HEADS, 1, 8))
         last = store.length // 4
         store.release(torch.arange(last - 9, last + 1).expand(1, HEADS, -1))
-        assert store.pool.fast_bytes() <= (12 * 4 + SPARE + 4) * token * 9 // 8, i
+        assert store.held_bytes() <= (12 * 4 + SPARE + 4) * token * 9 // 8, i
     assert store.bytes() == 700 * token and store.key_bytes() * 2 == store.bytes()
 
 
@@ -175,3 +175,53 @@ def test_what_is_saved_has_zeros_where_blocks_are_gone() -> None:
     export = store.export()
     unit = torch.cat(list(export.units)).view(torch.float32).view(100, HEADS, 2, 4, 8)  # blocks, heads, keys and values
     assert not unit[1].any() and torch.equal(unit[5, 0, 0], keys[0, 0, 20:24]) and not unit[5, 1].any()
+
+
+def uneven(store: EvictingPool, few: int) -> None:
+    """The first head keeps everything, the other its first `few` blocks and the last."""
+    blocks = -(-store.length // store.block_size)
+    kept = torch.full((store.batch, HEADS, blocks), -1)
+    kept[:, 0] = torch.arange(blocks)
+    kept[:, 1, :few], kept[:, 1, few] = torch.arange(few), blocks - 1
+    store.release(kept)
+
+
+def storage_bytes(store: EvictingPool) -> int:
+    """Return what torch holds for keys and values, each piece of memory once."""
+    pieces = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (store.keys, store.values)}
+    return sum(pieces.values())
+
+
+def test_a_head_that_keeps_everything_makes_no_other_pay() -> None:
+    store, token = filled(), 16 * 4
+    uneven(store, 4)
+    assert store.held_bytes() == storage_bytes(store) == ((100 + 5) * 4 + HEADS * SPARE) * token
+    assert store.fast_bytes() - store.held_bytes() == 8 * HEADS * 100
+    store.append(torch.randn(1, HEADS, 1, 8), torch.randn(1, HEADS, 1, 8))
+    assert store.held_bytes() == storage_bytes(store) == ((100 + 5) * 4 + HEADS * SPARE) * token
+    assert store.bytes() == 401 * HEADS * token  # what there would be with nothing evicted
+
+
+def test_heads_that_keep_about_as_much_stay_a_rectangle_and_come_back_to_it() -> None:
+    store = filled()
+    store.release(torch.tensor([[[*range(80), 99], [*range(75), *[-1] * 5, 99]]]))
+    assert store.arena is None
+    uneven(store, 4)
+    assert store.arena is not None
+    store.release(torch.tensor([[[*range(5), 99], [*range(4), 99, -1]]]))
+    assert store.arena is None and store.held_bytes() == storage_bytes(store) == HEADS * (6 * 4 + SPARE) * 16 * 4
+
+
+def test_an_uneven_one_forks_without_a_copy_until_one_goes_on() -> None:
+    store = filled(399)
+    uneven(store, 4)
+    other = store.fork()
+    assert other.keys.data_ptr() == store.keys.data_ptr()
+    token = torch.ones(1, HEADS, 1, 8)
+    store.append(token, token)
+    other.append(-token, -token)
+    for one, sign in ((store, 1), (other, -1)):
+        keys, _, slots = one.wait(torch.full((1, HEADS, 1), 99))
+        for head in range(HEADS):
+            at = int(slots[0, head, 0]) * 4 + 3
+            assert torch.equal(keys[0, head, at], sign * torch.ones(8))

@@ -36,6 +36,9 @@ def demo(
     figure: Annotated[
         Path | None, typer.Option(help="Write a picture of a head's attention over time (extra `plot`).")
     ] = None,
+    attention: Annotated[
+        Path | None, typer.Option(help="Write that attention as numbers, for `attnpred report --attention`.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the planted facts.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
@@ -52,8 +55,9 @@ def demo(
 
     if text is not None and not text.is_file():
         raise ConfigError(f"got {text}, expected a text file")
-    if figure is not None and not figure.parent.is_dir():
-        raise ConfigError(f"got {figure}, expected a file in a folder that exists")
+    for path in (figure, attention):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"got {path}, expected a file in a folder that exists")
     model, tokenizer = load_model("demo")
     book = demo_book() if text is None else text.read_text(encoding="utf-8", errors="replace")
     plan = Plan(context=context, documents=documents, steps=steps, seed=seed)
@@ -75,16 +79,24 @@ def demo(
         say=lambda line: print(f"  {line} ...", file=sys.stderr, flush=True),
     )
     picture = result.pop("picture")
-    if figure is not None and picture is not None:
-        from attnpred.report.attention_figure import draw
-
+    if picture is None and attention is not None:
+        print(f"policy {policy} forecasts nothing: {attention} was not written", file=sys.stderr)
+    if picture is not None:
         title = f"layer {picture.layer}, kv head {picture.head}, {context} tokens of context"
-        draw(picture.true, picture.predicted, picture.selected, title, figure)
+        if figure is not None:
+            from attnpred.report.attention_figure import draw
+
+            draw(picture.true, picture.predicted, picture.selected, title, figure)
+        if attention is not None:
+            from attnpred.report.attention import HeadAttention, save_attention
+
+            save_attention(HeadAttention(title, picture.true, picture.predicted, picture.selected), attention)
     result |= {
         "policy": policy,
         "offload": settings.offload,
         "late_share": settings.late_share,
         "figure": str(figure) if figure is not None and picture is not None else None,
+        "attention": str(attention) if attention is not None and picture is not None else None,
     }
     print(_table(result, policy))
     if as_json:
@@ -121,4 +133,6 @@ def _table(result: dict[str, Any], policy: str) -> str:
     ]
     if result["figure"]:
         lines.append(f"Picture: {result['figure']}")
+    if result["attention"]:
+        lines.append(f"Attention: {result['attention']} (see `attnpred report --attention`)")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from attnpred.cli.demo import demo
 from attnpred.cli.eval import evaluate
 from attnpred.cli.generate import generate
 from attnpred.cli.info import info
+from attnpred.cli.report import report
 from attnpred.cli.train import train
 from attnpred.errors import AttnpredError
 
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "analyse-layers": analyse_layers,
     "eval": evaluate,
+    "report": report,
     "bench": bench,
     "info": info,
 }

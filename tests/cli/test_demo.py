@@ -11,6 +11,7 @@ import pytest
 from attnpred.cli.main import main
 from attnpred.evaluation.comparison import demo_settings
 from attnpred.evaluation.facts import make_facts
+from attnpred.report.attention import load_attention
 
 SMALL = ["--context", "1024", "--documents", "1", "--steps", "8", "--compression", "4"]
 KV_BYTES = 5 * 2 * 2 * 64 * 4  # of a token: layers, kv heads, keys and values, numbers of fp32
@@ -57,8 +58,8 @@ def assert_promised(result: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_json_has_every_promised_key_and_the_figures_agree(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    picture = tmp_path / "attention.png"
-    code, out, err = run("--policy", "ema", "--figure", str(picture), "--json")
+    picture, numbers = tmp_path / "attention.png", tmp_path / "attention.safetensors"
+    code, out, err = run("--policy", "ema", "--figure", str(picture), "--attention", str(numbers), "--json")
     result = json.loads(out.splitlines()[-1])
     assert code == 0
     assert_promised(result)
@@ -80,7 +81,13 @@ def test_json_has_every_promised_key_and_the_figures_agree(run: Run, tmp_path: P
     table = "\n".join(out.splitlines()[:-1])
     assert f"{result['full']['correct']} of 4" in table and f"{result['compression']:.1f} times less KV" in table
     assert f"{result['predicted']['fast_bytes']:,}" in table and f"{result['predicted']['hit_rate']:.1%}" in table
-    assert str(picture) in table and "Traceback" not in err and (tmp_path / "cache/attnpred/kv").is_dir()
+    assert result["attention"] == str(numbers) and load_attention(numbers).title.endswith("1024 tokens of context")
+    assert (
+        str(picture) in table
+        and f"Attention: {numbers}" in table
+        and "Traceback" not in err
+        and (tmp_path / "cache/attnpred/kv").is_dir()
+    )
 
 
 @pytest.mark.slow
@@ -120,9 +127,13 @@ def test_the_shipped_predictor_is_the_default_and_fits_the_demo_model(run: Run) 
 def test_a_text_of_ones_own_and_another_seed_are_used(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The old mill stood by the river. Nobody knew why, and nobody asked. " * 120, encoding="utf-8")
-    code, out, _ = run("--policy", "streaming", "--text", str(text), "--seed", "7", "--json")
+    numbers = tmp_path / "attention.safetensors"
+    code, out, err = run(
+        "--policy", "streaming", "--text", str(text), "--seed", "7", "--json", "--attention", str(numbers)
+    )
     result = json.loads(out.splitlines()[-1])
-    assert code == 0
+    assert code == 0 and result["attention"] is None and not numbers.exists()
+    assert f"policy streaming forecasts nothing: {numbers} was not written" in err
     assert_promised(result)
     planted = make_facts(random.Random(7), 4)
     assert [row["expected"] for row in result["answers"]] == [fact.answer.strip() for fact in planted]
@@ -139,6 +150,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "late share above 1": (["--late-share", "2"], "got late_share=2.0, expected a share from 0 to 1"),
     "missing text": (["--text", "/no/such/text"], "got /no/such/text, expected a text file"),
     "figure in a missing folder": (["--figure", "/no/such/folder/x.png"], "expected a file in a folder that exists"),
+    "attention in a missing folder": (["--attention", "/no/such/x"], "expected a file in a folder that exists"),
     "no context": (["--context", "0"], "--context"),
     "no documents": (["--documents", "0"], "--documents"),
     "one step": (["--steps", "1"], "--steps"),

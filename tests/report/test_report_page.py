@@ -1,0 +1,244 @@
+"""The page: complete, escaped, with names for everything a screen reader meets, and sentences that the rows bear out."""
+
+import base64
+import hashlib
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attnpred.errors import ConfigError
+from attnpred.report.attention import HeadAttention, attention_pictures, load_attention, save_attention
+from attnpred.report.latency import read_bench
+from attnpred.report.page import build
+from attnpred.report.places import places
+from attnpred.report.rows import Row, read_rows
+from attnpred.report.summary import headline, sentences
+
+DATA = Path(__file__).parent / "data" / "rows.jsonl"
+VOID = {"meta", "link", "br"}
+NASTY = "<script>alert(1)</script>\"'&"
+BENCH = {
+    "cpu": "a <cpu>",
+    "rows": [
+        {"shape": "1b", "dtype": "bfloat16", "context": c, "variant": v, "ms_per_token": ms * c**0.5, "spread": [1, 900]}
+        for c in (4096, 16384) for v, ms in (("floor", 1), ("transformers", 4), ("dense", 2), ("predicted", 1.1))
+    ],
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, the text inside it, and whether elements were closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[tuple[str, dict[str, str | None]]] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.words: dict[str, str] = {}
+        self.feed(html)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs)))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        for tag, attributes in self.open:
+            for key in (tag, f"#{attributes.get('id')}"):
+                self.words[key] = self.words.get(key, "") + data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def raw(**other: Any) -> dict[str, Any]:
+    row = {"model": "m", "policy": "ema", "budget": 0.25, "task": "t", "metric": "accuracy", "value": 0.5, "length": 64,
+           "interval": [0.4, 0.6], "n": 20}  # fmt: skip
+    return row | other
+
+
+def rows(tmp_path: Path, *given: dict[str, Any]) -> list[Row]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+    return read_rows([path])
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Path:
+    path = tmp_path / "bench.json"
+    path.write_text("a table\n" + json.dumps(BENCH) + "\n", encoding="utf-8")
+    return path
+
+
+def head(steps: int = 12, blocks: int = 9) -> HeadAttention:
+    torch.manual_seed(0)
+    true = torch.rand(steps, blocks)
+    return HeadAttention("layer 1", true, torch.rand(steps, blocks), true > 0.5)
+
+
+@pytest.fixture
+def made(bench: Path) -> Any:
+    return build(read_rows([DATA]), read_bench(bench), head(), "1.2")
+
+
+def test_every_section_is_there(made: Any) -> None:
+    page = Page(made.html)
+    assert [a["id"] for a in page.all("h2")] == ["summary", "results", "needles", "latency", "attention", "every-row"]
+    names = [picture.name for picture in made.pictures]
+    assert len(set(names)) == len(names) == len(page.all("svg"))
+    kinds = {re.split(r"\d", name)[0] for name in names}
+    assert kinds == {"budget", "cost", "needle", "latency", "bench", "attention"}
+    assert {name.partition("-")[2] for name in names if name.startswith("cost")} == {"ms_per_token", "bytes_per_step", "fast_bytes"}  # fmt: skip
+
+
+def test_what_a_screen_reader_meets_has_a_name(made: Any) -> None:
+    page = Page(made.html)
+    ids = [a["id"] for _, a in page.found if "id" in a]
+    assert len(set(ids)) == len(ids)
+    for attributes in (a for _, a in page.found):
+        for name in ((attributes.get("aria-labelledby") or "") + " " + (attributes.get("href") or " ")[1:]).split():
+            if not name.startswith("ata:"):
+                assert name in ids and page.words[f"#{name}"].strip()
+    assert page.all("html")[0]["lang"] == "en" and page.words["title"]
+    assert all(a["role"] == "img" and a["aria-labelledby"] for a in page.all("svg"))
+    regions = [a for a in page.all("div") if "scroll" in (a.get("class") or "")]
+    assert len(page.all("table")) == len(page.all("caption")) == len(regions) > 4
+    assert all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-labelledby"] for a in regions)
+    assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
+    levels = [int(tag[1]) for tag, _ in page.found if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+
+
+def test_nothing_comes_from_elsewhere(made: Any) -> None:
+    page = Page(made.html)
+    kept = made.html.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", kept)
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy") or ""
+    assert "default-src 'none'" in policy
+    for tag in ("style", "script"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", made.html, re.DOTALL)
+        assert f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'" in policy
+    assert not any(name.startswith("on") or name == "style" for _, a in page.found for name in a)
+
+
+def test_words_of_rows_are_never_markup(tmp_path: Path) -> None:
+    nasty = dict.fromkeys(("model", "policy", "task", "metric", "text"), NASTY)
+    items = [{"value": v, "labels": {"depth": v, NASTY: NASTY + str(v)}} for v in (0, 1)]
+    given = rows(tmp_path, raw(**nasty, items=items, config={NASTY: NASTY}, commit=NASTY, ms_per_token=1), raw(**nasty | {"policy": "full"}, ms_per_token=2))  # fmt: skip
+    made = build(given, None, HeadAttention(NASTY, *[torch.rand(3, 3)] * 2, torch.ones(3, 3) > 0))
+    page = Page(made.html)
+    assert len(page.all("script")) == 1 and "<script>alert" not in made.html
+    assert "<script>alert(1)" in page.words["table"] and "<script>alert(1)" in page.words["pre"]
+
+
+def test_the_page_is_the_same_for_the_same_rows(made: Any, bench: Path) -> None:
+    assert build(read_rows([DATA]), read_bench(bench), head(), "1.2").html == made.html
+
+
+def test_a_page_of_one_bare_row_is_whole(tmp_path: Path) -> None:
+    bare = {"model": "m", "policy": "ema", "budget": 8, "task": "t", "metric": "accuracy", "value": 0.0}
+    page = Page(build(rows(tmp_path, bare)).html)
+    assert len(page.all("table")) == 2 and "no interval" in page.words["table"] and "attnpred bench decode" in page.words["main"]  # fmt: skip
+
+
+def test_every_row_is_in_the_table_with_its_configuration(made: Any) -> None:
+    found = read_rows([DATA])
+    (table,) = re.findall(r'<table id="rows">(.*?)</table>', made.html, re.DOTALL)
+    page = Page(table)
+    assert len(page.all("details")) == len(found) == len(page.all("tr")) - 1
+    for word in ("num_sink_tokens", "transformers", "commit: ", "seed: 0"):
+        assert page.words["pre"].count(word) >= len(found)
+
+
+def test_no_difference_stands_without_its_interval(made: Any) -> None:
+    words = re.sub(r"\[[^\[\]]*\]", "@", Page(made.html).words["main"])
+    after = re.findall(r"[+−]\d+\.\d+(..)", words)  # noqa: RUF001
+    assert len(after) > 20 and set(after) == {" @"}
+
+
+def test_sentences_say_what_the_rows_do(tmp_path: Path) -> None:
+    against = {"difference": -0.1, "interval": [-0.3, 0.1]}
+    given = rows(
+        tmp_path, raw(policy="full", budget=None, value=0.9, interval=[0.8, 1]), raw(policy="oracle", value=1),
+        raw(policy="quest", value=0.8, interval=[0.7, 0.9], against_full=against),
+        raw(policy="ema", value=0.75, interval=[0.7, 0.8], against_full={"difference": -0.15, "interval": [-0.2, -0.1]}),
+        raw(policy="h2o", value=0.1, interval=[0, 0.2], against_full={"difference": -0.8, "interval": [-0.9, -0.7]}, n=4),
+    )  # fmt: skip
+    (place,) = places(given)
+    assert sentences(place) == [
+        "Full cache: 0.900 [0.800, 1.000] (n = 20).",
+        "At 25 %: quest has the best mean, 0.800 [0.700, 0.900] (n = 20); its interval overlaps that of ema. "
+        "Within noise of the full cache: quest (−0.100 [−0.300, +0.100]).",  # noqa: RUF001
+    ]
+    told = " ".join(headline(given, [place]))
+    assert "quest 1 time. In 1 of these 1 cases" in told
+    assert "of 3 comparisons 1 are within noise, 2 worse and 0 better" in told
+    assert "quest 1 of 1, ema 0 of 1 and h2o 0 of 1" in told and "1 row had fewer than 10 items" in told
+
+
+def test_where_lower_is_better_more_is_worse(tmp_path: Path) -> None:
+    more = {"difference": 0.2, "interval": [0.1, 0.3]}
+    given = rows(tmp_path, raw(lower_is_better=True, against_full=more), raw(policy="quest", value=0.4, interval=[0.3, 0.45], lower_is_better=True))  # fmt: skip
+    (place,) = places(given)
+    assert "quest has the best mean" in sentences(place)[1]
+    assert "1 worse and 0 better" in " ".join(headline(given, [place]))
+
+
+BENCHES: dict[str, tuple[str, str]] = {
+    "no JSON": ("{", "that is not JSON, expected the JSON object of `attnpred bench decode --json`"),
+    "no rows": ("{}", "without 'rows'"),
+    "a key is missing": ('{"rows": [{"shape": "1b"}]}', "rows[0] without 'dtype', expected the keys shape, dtype, context"),
+    "time 0": (json.dumps({"rows": [BENCH["rows"][0] | {"ms_per_token": 0}]}), "rows[0] ms_per_token=0, expected a number above 0"),  # type: ignore[operator]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", BENCHES)
+def test_a_wrong_bench_file_is_named(mistake: str, tmp_path: Path) -> None:
+    text, message = BENCHES[mistake]
+    (tmp_path / "b.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_bench(tmp_path / "b.json")
+    assert str(caught.value).startswith(f"got {tmp_path / 'b.json'} ") and message in str(caught.value)
+
+
+def test_attention_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_attention(head(), path)
+    back = load_attention(path)
+    assert back.title == "layer 1" and torch.equal(back.true, head().true)
+    assert torch.equal(back.predicted, head().predicted) and torch.equal(back.selected, head().selected)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_pictures_say_how_often_the_strongest_block_was_attended() -> None:
+    true = torch.eye(4)
+    selected = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]]).bool()
+    made = attention_pictures(HeadAttention("x", true, true, selected))
+    assert len(made) == 3 and "In 75.0% of the 4 steps" in made[2].words
+    assert len(attention_pictures(head(700, 2))) == 3
+
+
+def test_wrong_attention_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ConfigError, match="expected a safetensors file that `attnpred demo --attention` wrote"):
+        load_attention(path)
+    path.write_bytes(b"no")
+    with pytest.raises(ConfigError, match="expected a safetensors file"):
+        load_attention(path)
+    save_attention(HeadAttention("x", torch.rand(2, 3), torch.rand(3, 2), torch.rand(2, 3) > 0), path)
+    with pytest.raises(ConfigError, match=r"expected one shape \[steps, blocks\]"):
+        load_attention(path)

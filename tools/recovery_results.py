@@ -45,15 +45,16 @@ BUDGETS = "0.25,0.125,0.076923,0.0625,0.03125"
 
 def run(out: Path, texts: list[str], *arguments: str) -> list[dict[str, object]]:
     """Return the rows of one `attnpred eval`."""
-    code = attnpred(["eval", "demo", "--out", str(out), "--texts", ",".join(texts), *arguments])
+    out.unlink(missing_ok=True)  # it would go on with the rows that are there
+    code = attnpred(["eval", "demo", "--tasks", "recovery", "--out", str(out), "--texts", ",".join(texts), *arguments])
     if code:
         sys.exit(code)
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
 def compact(row: dict[str, object], keep_heads: bool) -> str:
-    """Return the row as a line; figures per head only where a table needs them."""
-    row = {key: value for key, value in row.items() if not key.endswith("by_head") or keep_heads}
+    """Return the row as a line; figures per head only where a table needs them, and no items: `documents` are theirs."""
+    row = {key: value for key, value in row.items() if key != "items" and (not key.endswith("by_head") or keep_heads)}
     rounded = json.loads(json.dumps(row), parse_float=lambda text: round(float(text), 5))
     return json.dumps(rounded) + "\n"
 
@@ -64,7 +65,8 @@ def second_model(folder: Path, predictor: Path, out: Path, texts: list[str], com
     for name in ("general", str(predictor)):
         policies += [f"predicted:predictor={name},late_share=0", f"predicted:predictor={name}"]
     arguments = ["--policies", " ".join(policies), "--budgets", "0.076923", "--texts", ",".join(texts), *common]
-    if code := attnpred(["eval", str(folder), "--out", str(out), *arguments]):
+    out.unlink(missing_ok=True)
+    if code := attnpred(["eval", str(folder), "--tasks", "recovery", "--out", str(out), *arguments]):
         sys.exit(code)
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     for row in rows:  # names that mean something elsewhere

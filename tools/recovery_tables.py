@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attnpred.evaluation.recovery_task import bootstrap
+from attnpred.evaluation.statistics import bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "predictor.md"

@@ -1,87 +1,149 @@
-"""`attnpred eval`: policies compared on a model, one JSON line per row."""
+"""`attnpred eval`: tasks x policies x budgets on a model, one JSON line per row; goes on where it was stopped.
+
+Exit codes: 0 all rows are there; 1 some cells could not be measured, each was told on stderr; 2 a mistake, before
+anything long began.
+"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from attnpred.cli.words import floats, layers, words
+
 POLICIES = "streaming,last_step,ema,h2o,mean_key_last,mean_key,quest,predicted:late_share=0,predicted,oracle"
+BUDGETS = "0.25,0.125,0.0769,0.0625,0.03125"
+UNMEASURED = 1
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a local folder, or 'demo'.")],
-    out: Annotated[Path, typer.Option("--out", help="File for the rows, one JSON object per line.")],
-    tasks: Annotated[str, typer.Option(help="What to measure: recovery.")] = "recovery",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File for the rows; rows that are there are not measured again.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="quick or full: tasks, lengths, budgets and policies.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="NAME or NAME=FILE, comma between (see `attnpred info`); left out: recovery.")
+    ] = None,
     policies: Annotated[
-        str, typer.Option(help="Policies, comma or space between them; settings as in 'ema:rate=0.1'.")
-    ] = POLICIES,
-    budgets: Annotated[str, typer.Option(help="Shares of the context.")] = "0.25,0.125,0.0769,0.0625,0.03125",
-    lengths: Annotated[str, typer.Option(help="Tokens of a document.")] = "4096",
-    texts: Annotated[str, typer.Option(help="facts, book, code, table, or text files.")] = "facts,book,code,table",
-    documents: Annotated[int, typer.Option(min=1, help="Documents of each kind of text.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps of each document, at its end.")] = 128,
+        str | None, typer.Option(help=f"Comma or space between them; settings as in 'ema:rate=0.1'. [{POLICIES}]")
+    ] = None,
+    budgets: Annotated[str | None, typer.Option(help=f"Shares of the context, or tokens. [{BUDGETS}]")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens of a document with its question. [4096]")] = None,
+    texts: Annotated[
+        str | None, typer.Option(help="Text files; for recovery also facts, book, code, table, which are its default.")
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Documents of a cell (of each text of recovery). [8; of a file all]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most items of a cell.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Decode steps of tasks that continue a text. [128]")] = None,
     sink_tokens: Annotated[int, typer.Option(help="First tokens, always attended.")] = 16,
     recent_tokens: Annotated[int, typer.Option(help="Last tokens, always attended.")] = 32,
     calibration: Annotated[
         int | None, typer.Option(help="A true row every so many steps; 0: never; left out: what the policy asks for.")
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens selected together.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
+    dense_layers: Annotated[str, typer.Option(help="How many of the first layers stay dense, or which: 0,1,13.")] = "0",
+    offload: Annotated[str, typer.Option(help="Where other blocks lie: none (in memory), cpu or disk.")] = "none",
+    chat: Annotated[bool, typer.Option(help="Put prompts of a file into the model's chat template.")] = True,
+    full: Annotated[bool, typer.Option(help="Measure the full cache beside everything, to compare with.")] = True,
+    recovery: Annotated[
+        bool, typer.Option("--recovery", help="Also measure attention recovery, on the first document of a cell.")
+    ] = False,
+    devices: Annotated[str | None, typer.Option(help="One process each: cuda:0,cuda:1. [the GPU or CPU]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and leave.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
-    """Measure what policies recover of the true attention, each with its own history; progress goes to stderr."""
+    """Measure quality and cost of policies on tasks; progress goes to stderr."""
+    from attnpred.config import CacheConfig
+    from attnpred.errors import ConfigError
+    from attnpred.evaluation.plan import Plan, as_budgets, parse_tasks
+    from attnpred.evaluation.rows import RowsFile
+    from attnpred.evaluation.suites import SUITES
+    from attnpred.evaluation.variants import parse_variant
+
+    if suite is not None and suite not in SUITES:
+        raise ConfigError(f"got --suite {suite!r}, expected one of {', '.join(SUITES)}")
+    chosen = SUITES[suite] if suite is not None else None
+    policies = policies or (chosen.policies if chosen else POLICIES)
+    if not words(policies) or (texts is not None and not words(texts)):
+        raise ConfigError(f"got --policies {policies!r} and --texts {texts!r}, expected at least one of each")
+    sizes = floats("--lengths", (chosen.lengths if chosen else "4096") if lengths is None else lengths)
+    if any(size < 1 or not float(size).is_integer() for size in sizes):
+        raise ConfigError(f"got --lengths {lengths!r}, expected whole numbers of tokens")
+    shares = floats("--budgets", (chosen.budgets if chosen else BUDGETS) if budgets is None else budgets)
+    plan = Plan(
+        model=model,
+        tasks=parse_tasks((chosen.tasks if chosen else "recovery") if tasks is None else tasks),
+        variants=tuple(parse_variant(word) for word in words(policies)),
+        budgets=as_budgets(shares),
+        lengths=tuple(int(size) for size in sizes),
+        config=CacheConfig(
+            budget=1.0,
+            block_size=block_size,
+            num_sink_tokens=sink_tokens,
+            recent_window=recent_tokens,
+            calibration_interval=calibration,
+            dense_layers=layers(dense_layers),
+            offload=None if offload == "none" else offload,
+        ),
+        seed=seed,
+        documents=documents or (chosen.documents if chosen else None),
+        steps=steps or (chosen.steps if chosen else 128),
+        limit=limit,
+        texts=tuple(words(texts or "")),
+        chat=chat,
+        full=full,
+        recovery=recovery,
+    )
+    if dry_run:
+        for cell in plan.cells():
+            print(f"{cell.task.word} at {cell.length}: {cell.variant.label} with budget {cell.budget:g}")
+        print(f"{len(plan.cells())} cells")
+        return
+    if out is None:
+        raise ConfigError("got no --out, expected a file for the rows")
+    _run(plan, RowsFile(out), words(devices or ""), as_json)
+
+
+def _run(plan: Any, file: Any, devices: list[str], as_json: bool) -> None:
     import json
+    import sys
 
     from tqdm import tqdm
 
-    from attnpred.cli.words import floats, words
-    from attnpred.config import CacheConfig
-    from attnpred.errors import ConfigError
-    from attnpred.evaluation import recovery_task
-    from attnpred.evaluation.variants import parse_variant
+    from attnpred.evaluation.grid import Grid, check, left_over, run_cells
+    from attnpred.evaluation.workers import run_on_devices
     from attnpred.hf import load_model
-    from attnpred.predictor.files import write_text
+    from attnpred.hf.load import load_config
 
-    if tasks != "recovery":
-        raise ConfigError(f"got --tasks {tasks}, expected recovery")
-    if not words(policies) or not words(texts):
-        raise ConfigError(f"got --policies {policies!r} and --texts {texts!r}, expected at least one of each")
-    if not out.parent.is_dir():
-        raise ConfigError(f"got {out}, expected a file in a folder that exists")
-    variants = [parse_variant(word) for word in words(policies)]
-    shares = floats("--budgets", budgets)
-    sizes = [int(size) for size in floats("--lengths", lengths)]
-    settings = CacheConfig(
-        budget=1.0,
-        block_size=block_size,
-        num_sink_tokens=sink_tokens,
-        recent_window=recent_tokens,
-        calibration_interval=calibration,
-        dense_layers=0,
-        dense_when_fits=False,
-    )
-    loaded, tokenizer = load_model(model)
-    lines: list[str] = []
-    for length in sizes:
-        if length <= settings.history + steps:
-            raise ConfigError(
-                f"got --lengths {length}, expected more than {settings.history + steps} (history and steps)"
-            )
-        found = recovery_task.documents(
-            loaded, tokenizer, words(texts), length, documents, settings.history + steps, seed, block_size
-        )
-        facts = {
-            "model": model,
-            "seed": seed,
-            "steps": steps,
-            "calibration": calibration,
-            "block_size": block_size,
-            "sink_tokens": sink_tokens,
-            "recent_tokens": recent_tokens,
-        }
-        kinds = len({document.kind for document in found}) + 1
-        made = recovery_task.rows(found, variants, shares, loaded.config, settings, facts)
-        for row in tqdm(made, f"{length} tokens", len(variants) * len(shares) * kinds):
-            lines.append(json.dumps(row))
-        write_text(out, "".join(line + "\n" for line in lines))
-    print(json.dumps({"rows": len(lines), "out": str(out)}) if as_json else f"{out}: {len(lines)} rows")
+    check(plan, load_config(plan.model)[0])
+    cells = left_over(plan, file.open())
+    total = len(plan.cells())
+    failed: list[Any] = []
+    # The first device checks the documents, and does the work if it is the only one.
+    grid = Grid(plan, file, *load_model(plan.model, device=devices[0] if devices else None))
+    grid.check_documents()
+    with tqdm(total=total, initial=total - len(cells), unit="cell", file=sys.stderr) as bar:
+
+        def done(cell: Any, why: str | None) -> None:
+            bar.set_description_str(f"{cell.task.word} {cell.length} {cell.variant.label}", refresh=False)
+            bar.update()
+            if why is not None:
+                failed.append(cell)
+                bar.write(
+                    f"left out: {cell.task.word} at {cell.length}, {cell.variant.label} {cell.budget:g}: {why}",
+                    file=sys.stderr,
+                )
+
+        if len(devices) > 1:
+            run_on_devices(plan, file, cells, devices, done)
+        else:
+            run_cells(grid, cells, done)
+    count = len(file.open())
+    print(json.dumps({"rows": count, "out": str(file.path)}) if as_json else f"{file.path}: {count} rows")
+    if failed:
+        print(f"attnpred: {len(failed)} of {total} cells could not be measured; see above", file=sys.stderr)
+        raise typer.Exit(UNMEASURED)

@@ -55,7 +55,7 @@ def test_a_row_has_every_promised_key_and_the_figures_agree(run: Run, tmp_path: 
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "unknown task": (["--tasks", "chess"], "got --tasks chess, expected recovery"),
+    "unknown task": (["--tasks", "chess"], "got task 'chess', expected one of facts1"),
     "unknown policy": (["--policies", "ema,tarot"], "got policy 'tarot', expected one of full"),
     "unknown setting": (["--policies", "ema:speed=1"], "got 'speed=1' in policy 'ema:speed=1'"),
     "no policy": (["--policies", " "], "expected at least one of each"),
@@ -66,6 +66,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "sinks that are no blocks": (["--sink-tokens", "17"], "got num_sink_tokens=17, expected a multiple"),
     "no documents": (["--documents", "0"], "--documents"),
     "no steps": (["--steps", "0"], "--steps"),
+    "no task": (["--tasks", ","], "got --tasks ',', expected at least one of facts1"),
+    "unknown suite": (["--suite", "slow"], "got --suite 'slow', expected one of quick, full"),
+    "half a token": (["--lengths", "170.5"], "got --lengths '170.5', expected whole numbers of tokens"),
+    "a file that is missing": (["--tasks", "qa=/no/such"], "there is no '/no/such'"),
     "missing folder": (["--out", "/no/such/rows.jsonl"], "got /no/such/rows.jsonl, expected a file in a folder"),
 }
 
@@ -82,8 +86,12 @@ def test_a_wrong_option_is_one_line_before_the_model_is_read(mistake: str, run: 
 LATER: dict[str, tuple[list[str], str]] = {
     "too short for history and steps": (["--lengths", "70"], "got --lengths 70, expected more than 70"),
     "missing text": (["--texts", "/no/such/text"], "got text '/no/such/text', expected a file or one of facts"),
+    "nothing to replay": (["--policies", "pod"], "got policy 'pod' for task 'recovery', expected one that selects"),
     "a share above one": (["--budgets", "1.5"], "got budget=1.5, expected a share of at most 1.0"),
-    "other blocks for one policy": (["--policies", "ema:block_size=8"], "got block_size=8 and history=64"),
+    "other blocks for one policy": (
+        ["--policies", "ema:block_size=8"],
+        "whose documents are read with block_size=16, expected the same",
+    ),
     "a word where a number belongs": (["--policies", "ema:rate=fast"], "got policy 'ema:rate=fast'"),
 }
 
@@ -95,6 +103,47 @@ def test_what_only_the_model_can_tell_is_one_line_too(mistake: str, run: Run) ->
     code, out, err = run("--texts", "table", "--documents", "1", *arguments)
     ours = [line for line in err.splitlines() if line.startswith("attnpred: ")]
     assert (code, out) == (2, "") and len(ours) == 1 and message in ours[0] and "Traceback" not in err
+
+
+def test_a_dry_run_prints_the_cells_and_needs_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "demo", "--suite", "quick", "--budgets", "0.1", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "facts4 at 2048: full with budget 1"
+    assert lines[1] == "facts4 at 2048: streaming with budget 0.1"
+    assert lines[-1] == f"{len(lines) - 1} cells" and len(lines) - 1 == 3 * 6
+    assert main(["eval", "demo"]) == 2
+    assert "got no --out, expected a file for the rows" in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_refused_before_the_model_is_read(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("my notes\n", encoding="utf-8")
+    code, _, err = run()
+    assert code == 2 and "whose line 1 is no row of attnpred eval" in err and "Loading" not in err
+    assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == "my notes\n"
+
+
+@pytest.mark.slow
+def test_a_cell_that_cannot_be_measured_is_told_and_the_others_go_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnpred.evaluation.session import PolicySession
+
+    read = PolicySession.read
+
+    def fails(self: PolicySession, tokens: list[int]) -> object:
+        if type(self.policy).__name__ == "Oracle":
+            raise ConfigError("got bad luck, expected good")
+        return read(self, tokens)
+
+    monkeypatch.setattr(PolicySession, "read", fails)
+    code, out, err = run("--tasks", "facts1", "--texts", __file__, "--documents", "1", "--lengths", "400", "--json")
+    assert code == 1 and "Traceback" not in err
+    assert json.loads(out.splitlines()[-1])["rows"] == 3
+    assert "left out: facts1 at 400, oracle 0.4: got bad luck, expected good" in err
+    assert err.splitlines()[-1] == "attnpred: 2 of 5 cells could not be measured; see above"
+    monkeypatch.undo()
+    code, out, _ = run("--tasks", "facts1", "--texts", __file__, "--documents", "1", "--lengths", "400", "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["rows"] == 5  # only those that were missing
 
 
 SETTINGS = st.lists(st.sampled_from(["rate=0.1", "late_share=0", "predictor=demo", "budget=0.5"]), max_size=3)

@@ -14,10 +14,11 @@ from attnpred.capture import captured
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.evaluation.recovery import Document, measure, read_document
-from attnpred.evaluation.recovery_task import KINDS, _tokens, bootstrap
+from attnpred.evaluation.statistics import bootstrap
+from attnpred.evaluation.tasks.recovery import KINDS, text_tokens
 from attnpred.evaluation.variants import parse_variant
 from attnpred.hf import load_model
-from attnpred.policies import POLICIES, Ema, Oracle, Predicted, Streaming
+from attnpred.policies import POLICIES, Ema, Oracle, Streaming
 from attnpred.policies.base import Policy
 from attnpred.predictor.block_truth import block_truth
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
@@ -86,7 +87,7 @@ def test_the_oracle_is_a_loop_over_steps() -> None:
 
 def make(name: str) -> Policy[Any]:
     torch.manual_seed(0)
-    return Predicted(Predictor(PredictorConfig("streaming", block_size=P))) if name == "predicted" else POLICIES[name]()
+    return POLICIES[name].untrained(P, GROUP, DIM)
 
 
 @pytest.mark.parametrize("late_share", [None, 0.2])
@@ -215,28 +216,28 @@ def tokenizer() -> Any:
 
 
 @pytest.mark.parametrize(("kind", "length"), [*((kind, 600) for kind in KINDS), ("facts", 150), ("table", 2000)])
-def test_a_text_has_exactly_so_many_tokens(tokenizer: Any, kind: str, length: int) -> None:
+def test_a_text_has_exactly_so_manytext_tokens(tokenizer: Any, kind: str, length: int) -> None:
     """A book and a program are cut elsewhere for each document, the others are made by its generator."""
-    one = _tokens(tokenizer, kind, length, 0.0, random.Random(7))
+    one = text_tokens(tokenizer, kind, length, 0.0, random.Random(7))
     if kind in ("book", "code"):
-        other = _tokens(tokenizer, kind, length, 0.5, random.Random(7))
+        other = text_tokens(tokenizer, kind, length, 0.5, random.Random(7))
     else:
-        other = _tokens(tokenizer, kind, length, 0.0, random.Random(8))
-        assert one == _tokens(tokenizer, kind, length, 0.0, random.Random(7))
+        other = text_tokens(tokenizer, kind, length, 0.0, random.Random(8))
+        assert one == text_tokens(tokenizer, kind, length, 0.0, random.Random(7))
     assert len(one) == len(other) == length and one != other
 
 
 def test_a_text_of_ones_own_is_cut_and_may_be_too_short(tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("The old mill stood by the river. " * 30, encoding="utf-8")
-    assert len(_tokens(tokenizer, str(file), 100, 0.3, random.Random(0))) == 100
+    assert len(text_tokens(tokenizer, str(file), 100, 0.3, random.Random(0))) == 100
     with pytest.raises(ConfigError, match="expected at least 5000: give a longer one"):
-        _tokens(tokenizer, str(file), 5000, 0.0, random.Random(0))
+        text_tokens(tokenizer, str(file), 5000, 0.0, random.Random(0))
     with pytest.raises(ConfigError, match=r"got text 'no-such', expected a file or one of facts, book"):
-        _tokens(tokenizer, "no-such", 10, 0.0, random.Random(0))
+        text_tokens(tokenizer, "no-such", 10, 0.0, random.Random(0))
 
 
 def test_a_book_with_facts_may_be_too_short(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnpred.evaluation.recovery_task.demo_book", lambda: "The mill stood by the river. " * 50)
+    monkeypatch.setattr("attnpred.evaluation.tasks.recovery.demo_book", lambda: "The mill stood by the river. " * 50)
     with pytest.raises(ConfigError, match="expected at least 2000: use shorter documents"):
-        _tokens(tokenizer, "facts", 2000, 0.0, random.Random(0))
+        text_tokens(tokenizer, "facts", 2000, 0.0, random.Random(0))

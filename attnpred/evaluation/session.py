@@ -1,0 +1,192 @@
+"""A model with one policy and budget: documents are read, questions asked, and everything that is read is counted.
+
+Every token of an answer, the first one too, comes from a decode step of one token: a question is read in one call but for
+its last token, with which stock `generate` begins. So what is counted and timed are decode steps and nothing else, and a
+policy that keeps everything cannot take its first token from a dense call. The last token of a document waits in the same
+way for what follows it.
+
+Costs are sums over all caches of the session, fast and slow bytes those of the largest cache. Time is the median over
+the tokens of all answers.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from attnpred import hf
+from attnpred.config import CacheConfig
+from attnpred.errors import ConfigError
+from attnpred.evaluation.tasks.base import Question
+from attnpred.policies.base import Policy
+from attnpred.telemetry import SUMMED, LayerCounts, total
+
+
+@dataclass(slots=True)
+class Held:
+    """A cache and the ids of all it was given; the last of them waits outside, to be the first of the next call.
+
+    After `follow` nothing waits: what comes next must have tokens of its own.
+    """
+
+    cache: hf.TieredCache
+    ids: list[int]
+
+
+@final
+class PolicySession:
+    """A model attached to one policy as long as the `with` block lasts; see `attnpred.evaluation.tasks.base.Session`."""
+
+    def __init__(self, model: Any, tokenizer: Any, policy: Policy[Any], settings: CacheConfig) -> None:
+        self.model, self.tokenizer, self.policy, self.settings = model, tokenizer, policy, settings
+        self._counts, self._layers = LayerCounts(), 1
+        self._fast, self._slow = 0, 0
+        self._times: list[float] = []
+        self._reading: list[float] = []
+
+    def __enter__(self) -> "PolicySession":
+        self._attached = hf.attach(self.model, policy=self.policy, config=self.settings)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._attached.detach()
+
+    @torch.no_grad()
+    def read(self, tokens: Sequence[int]) -> Held:
+        """Return a cache of the document, read in one call but for its last token. Raises `ConfigError` if it has none."""
+        if len(tokens) < 2:
+            raise ConfigError(f"got a document of {len(tokens)} tokens, expected at least 2")
+        held = Held(self._attached.new_cache(), list(tokens))
+        start = time.perf_counter()
+        self._feed(held.cache, held.ids[:-1])
+        self._reading.append(time.perf_counter() - start)
+        return held
+
+    def fork(self, cache: Held) -> Held:
+        """Return a copy that goes on by itself."""
+        return Held(cache.cache.fork(), list(cache.ids))
+
+    @torch.no_grad()
+    def ask(self, cache: Held, question: Question) -> str:
+        """Return the text of at most `question.new_tokens` greedy tokens, fewer only after an end-of-text token."""
+        return str(self.tokenizer.decode(self.generate(cache, question), skip_special_tokens=True))
+
+    @torch.no_grad()
+    def generate(self, held: Held, question: Question) -> list[int]:
+        """Return the ids of an answer; they stay in the cache, the last one waiting."""
+        self._catch_up(held, question.tokens)
+        ids = torch.tensor([held.ids], device=self.model.device)
+        before, clock = total(list(held.cache.counts.values())), _Clock()
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=held.cache,
+            max_new_tokens=question.new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=_padding(self.tokenizer),
+            streamer=clock,
+        )
+        self._times += clock.intervals()
+        self._count(held.cache, before)
+        answer: list[int] = out[0, len(held.ids) :].tolist()
+        held.ids += answer
+        return answer
+
+    @torch.no_grad()
+    def follow(self, cache: Held, tokens: Sequence[int]) -> Tensor:
+        """Feed `tokens` [T] one by one; return the log-probabilities after each, fp32 [T, vocabulary] on the CPU."""
+        self._catch_up(cache, tokens[:1])
+        before = total(list(cache.cache.counts.values()))
+        found = []
+        for i, token in enumerate(tokens):
+            start = time.perf_counter()
+            logits = self._feed(cache.cache, [token])
+            found.append(torch.log_softmax(logits.float(), -1).cpu())
+            self._times.append((time.perf_counter() - start) * 1e3)
+            cache.ids += [token] if i else []
+        self._count(cache.cache, before)
+        return torch.stack(found)
+
+    def costs(self) -> dict[str, Any]:
+        """Return what was counted, by the names of a row; None where there was nothing to count."""
+        counts = self._counts
+        steps = counts.steps / self._layers
+        read = counts.bytes_read + counts.calibration_bytes + counts.digest_bytes
+        moved = counts.bytes_fetched + counts.bytes_streamed
+        return {
+            "fast_bytes": self._fast or None,
+            "slow_bytes": self._slow,
+            "bytes_per_step": read / steps if steps else None,
+            "moved_bytes_per_step": moved / steps if steps else None,
+            "compression": counts.full_bytes / read if read else None,
+            "tokens_attended": counts.tokens_attended / counts.steps if counts.steps else None,
+            "hit_rate": counts.hits / counts.selected if counts.selected else None,
+            "ms_per_token": statistics.median(self._times) if self._times else None,
+            "prefill_seconds": statistics.median(self._reading) if self._reading else None,
+        }
+
+    def recovery(self) -> dict[str, float]:
+        """Return attention recovery and its ratio to the best selection (`measure_recovery`); 1 where all was dense."""
+        counts = self._counts
+        if not counts.measured:
+            return {"recovery": 1.0, "recovery_ratio": 1.0}
+        kept, best = float(counts.recovery) / counts.measured, float(counts.best) / counts.measured
+        return {"recovery": kept, "recovery_ratio": kept / best}
+
+    def _catch_up(self, held: Held, tokens: Sequence[int]) -> None:
+        """Add `tokens`; all but the last, and what has waited, are read in one call."""
+        held.ids += tokens
+        waiting = held.ids[held.cache.get_seq_length() : -1]
+        if waiting:
+            self._feed(held.cache, waiting)
+
+    def _feed(self, cache: hf.TieredCache, tokens: Sequence[int]) -> Tensor:
+        """Return the logits after the last of `tokens`, [vocabulary]."""
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        logits: Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
+        return logits
+
+    def _count(self, cache: hf.TieredCache, before: LayerCounts) -> None:
+        """Add what `cache` has counted since `before`, and what it takes now."""
+        after = total(list(cache.counts.values()))
+        for name in SUMMED:
+            grown = getattr(self._counts, name) + getattr(after, name) - getattr(before, name)
+            setattr(self._counts, name, grown)
+        self._layers = max(1, len(cache.decoders))
+        self._fast = max(self._fast, cache.fast_bytes())
+        if cache.backing is not None:
+            self._slow = max(self._slow, sum(cache.backing.tier.used().values()))
+
+
+class _Clock:
+    """A streamer of `generate` that notes when each token was there."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def intervals(self) -> list[float]:
+        """Milliseconds of each token; the first moment is the prompt's."""
+        return [(after - before) * 1e3 for before, after in zip(self.moments, self.moments[1:], strict=False)]
+
+
+def _padding(tokenizer: Any) -> int:
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if found is None else int(found)

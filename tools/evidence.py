@@ -1,0 +1,65 @@
+"""Run the grids behind docs/policies.md and docs/evidence.md: `python -m tools.evidence [NAME ...]`, or all of `RUNS`.
+
+Each run is one `attnpred eval` on the demo model, whose rows go to docs/results/NAME.jsonl. What is there already is not run
+again, so a run that was stopped goes on; delete the file to measure anew. `--devices cpu,cpu` runs two at once: quality
+is the same, times are not, so `times` is a run of its own, to be made at rest.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from attnpred.cli.main import main as attnpred
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+EVICTION = "streaming h2o h2o:block_size=1 snapkv snapkv:block_size=1 sepllm fastgen cascading subgen"
+RETRIEVAL = "quest mean_key tactic hip seer"
+REUSE = "last_step ema accumulated freekv recycled tidal"
+OURS = "predicted predicted:late_share=0 predicted:predictor=attention-predictor-cnn,calibration_interval=5"
+WRAPPED = "snapkv:head_budgets=adaptive quest:head_budgets=adaptive quest:union=true"
+EVERY = f"full oracle {EVICTION} {RETRIEVAL} {REUSE} {OURS} {WRAPPED}"
+BUDGETS = "0.25,0.125,0.076923,0.0625,0.03125"
+COMMON = ["--lengths", "4096", "--seed", "5"]
+
+RUNS: dict[str, list[str]] = {
+    "policies": [
+        *("--policies", EVERY, "--budgets", BUDGETS, *COMMON, "--recovery"),
+        *("--tasks", "facts4,facts1,facts_turns,hops,perplexity,facts4_prompt"),
+    ],
+    "offloaded": [
+        *("--policies", f"full oracle {EVICTION} {RETRIEVAL} {REUSE} {OURS} quest:union=true", "--budgets", BUDGETS),
+        *(*COMMON, "--tasks", "perplexity", "--limit", "1", "--offload", "cpu"),
+    ],
+    "times": ["--policies", EVERY, "--budgets", "0.076923", *COMMON, "--tasks", "perplexity", "--limit", "1"],
+    "compression": [
+        *("--policies", "full predicted", "--budgets", "0.25,0.125,0.0769,0.0625,0.05,0.04,0.03125", *COMMON),
+        *("--tasks", "facts4,perplexity", "--documents", "32"),
+    ],
+    "needle": [
+        *("--policies", "full predicted quest snapkv streaming", "--budgets", "0.015625", "--lengths", "4096,8192"),
+        *("--sink-tokens", "16", "--recent-tokens", "16", "--tasks", "needle", "--seed", "5"),
+    ],
+    "chain": ["--policies", "full predicted quest ema snapkv", "--budgets", "0.13", *COMMON, "--tasks", "chain"],
+}
+"""What each run is given after the model."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is named; return the first exit code that is not 0."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; left out: all")
+    parser.add_argument("--devices", help="as for attnpred eval")
+    chosen = parser.parse_args(arguments)
+    unknown = [name for name in chosen.names if name not in RUNS]
+    if unknown:
+        parser.error(f"got {unknown[0]!r}, expected one of {', '.join(RUNS)}")
+    devices = ["--devices", chosen.devices] if chosen.devices else []
+    for name in chosen.names or RUNS:
+        code = attnpred(["eval", "demo", "--out", str(RESULTS / f"{name}.jsonl"), *RUNS[name], *devices])
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -12,22 +12,27 @@ from pathlib import Path
 from attnpred.cli.main import main as attnpred
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-EVICTION = "streaming h2o h2o:block_size=1 snapkv snapkv:block_size=1 sepllm fastgen cascading subgen"
+EVICTION = "streaming h2o snapkv sepllm fastgen cascading subgen"
+TOKENS = "h2o:block_size=1 snapkv:block_size=1 cascading:block_size=1"
 RETRIEVAL = "quest mean_key tactic hip seer"
-REUSE = "last_step ema accumulated freekv recycled tidal"
+REUSE = "last_step ema freekv recycled tidal"
 OURS = "predicted predicted:late_share=0 predicted:predictor=attention-predictor-cnn,calibration_interval=5"
-WRAPPED = "snapkv:head_budgets=adaptive quest:head_budgets=adaptive quest:union=true"
-EVERY = f"full oracle {EVICTION} {RETRIEVAL} {REUSE} {OURS} {WRAPPED}"
+WRAPPED = "snapkv:head_budgets=adaptive quest:head_budgets=adaptive"
+EVERY = f"full oracle {EVICTION} {TOKENS} {RETRIEVAL} {REUSE} {OURS} {WRAPPED}"
 BUDGETS = "0.25,0.125,0.076923,0.0625,0.03125"
 COMMON = ["--lengths", "4096", "--seed", "5"]
 
 RUNS: dict[str, list[str]] = {
     "policies": [
         *("--policies", EVERY, "--budgets", BUDGETS, *COMMON, "--recovery"),
-        *("--tasks", "facts4,facts1,facts_turns,hops,perplexity,facts4_prompt"),
+        *("--tasks", "facts4,facts_turns,perplexity,facts1,hops"),
+    ],
+    "prompted": [
+        *("--policies", f"full {EVICTION} {TOKENS} quest predicted", "--budgets", "0.125,0.076923", *COMMON),
+        *("--tasks", "facts4_prompt", "--documents", "6"),
     ],
     "offloaded": [
-        *("--policies", f"full oracle {EVICTION} {RETRIEVAL} {REUSE} {OURS} quest:union=true", "--budgets", BUDGETS),
+        *("--policies", f"full oracle {EVICTION} {RETRIEVAL} {REUSE} {OURS}", "--budgets", BUDGETS),
         *(*COMMON, "--tasks", "perplexity", "--limit", "1", "--offload", "cpu"),
     ],
     "times": ["--policies", EVERY, "--budgets", "0.076923", *COMMON, "--tasks", "perplexity", "--limit", "1"],

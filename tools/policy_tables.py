@@ -169,7 +169,7 @@ _CLAIMS = (
 
 def main(arguments: list[str]) -> int:
     """Write or check the page; return the exit code."""
-    text = page(*(load(name) for name in ("policies", "offloaded", "times")))
+    text = page(load("policies") + load("prompted"), load("offloaded"), load("times"))
     if "--check" not in arguments:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:

@@ -13,19 +13,21 @@ from attnpred.cli.main import main as attnpred
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 EVICTION = "streaming h2o snapkv sepllm fastgen cascading subgen"
-TOKENS = "h2o:block_size=1 snapkv:block_size=1 cascading:block_size=1"
+TOKENS = "h2o:block_size=1 snapkv:block_size=1"
 RETRIEVAL = "quest mean_key tactic hip seer"
 REUSE = "last_step ema freekv recycled tidal"
 OURS = "predicted predicted:late_share=0 predicted:predictor=attention-predictor-cnn,calibration_interval=5"
-WRAPPED = "snapkv:head_budgets=adaptive quest:head_budgets=adaptive"
+WRAPPED = "snapkv:head_budgets=adaptive"
 EVERY = f"full oracle {EVICTION} {TOKENS} {RETRIEVAL} {REUSE} {OURS} {WRAPPED}"
 BUDGETS = "0.25,0.125,0.076923,0.0625,0.03125"
 COMMON = ["--lengths", "4096", "--seed", "5"]
 
 RUNS: dict[str, list[str]] = {
-    "policies": [
-        *("--policies", EVERY, "--budgets", BUDGETS, *COMMON, "--recovery"),
-        *("--tasks", "facts4,facts_turns,perplexity,facts1,hops"),
+    "policies": ["--policies", EVERY, "--budgets", BUDGETS, *COMMON, "--tasks", "facts4", "--recovery"],
+    "turns": ["--policies", EVERY, "--budgets", BUDGETS, *COMMON, "--tasks", "facts_turns"],
+    "further": [
+        *("--policies", EVERY, "--budgets", BUDGETS, *COMMON, "--documents", "4"),
+        *("--tasks", "perplexity,facts1,hops"),
     ],
     "prompted": [
         *("--policies", f"full {EVICTION} {TOKENS} quest predicted", "--budgets", "0.125,0.076923", *COMMON),

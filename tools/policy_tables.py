@@ -1,6 +1,6 @@
 """Write docs/policies.md from rows of `attnpred eval` in docs/results: no figure in it is typed by hand.
 
-`tools.evidence` makes the rows, which takes long: `policies` for quality, `offloaded` for bytes, `times` for milliseconds.
+`tools.evidence` makes the rows, which takes long: `QUALITY`, `offloaded` for bytes, `times` for milliseconds.
 `python -m tools.policy_tables` writes the page, and `--check` only says (exit code 1) when it is out of date. `TITLES` says
 which tasks the page shows and what it calls them.
 """
@@ -16,6 +16,7 @@ from tools.speed_tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "policies.md"
+QUALITY = ("policies", "turns", "further", "prompted")
 TITLES = {
     "facts1": "one fact",
     "facts4": "four facts",
@@ -169,7 +170,7 @@ _CLAIMS = (
 
 def main(arguments: list[str]) -> int:
     """Write or check the page; return the exit code."""
-    text = page(load("policies") + load("prompted"), load("offloaded"), load("times"))
+    text = page([row for name in QUALITY for row in load(name)], load("offloaded"), load("times"))
     if "--check" not in arguments:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:

@@ -6,7 +6,7 @@ READY := .venv/.ready
 TOO_OLD = $(shell $(PYTHON) -c 'import sys; print(sys.version_info < (3, 10))' 2>&1 || echo none)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench results docs lock clean
+.PHONY: help demo test check lint bench results evidence docs lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -38,11 +38,17 @@ bench: $(READY) ## decode speed against the dense paths
 results: $(READY) ## run the demo for several policies into docs/results/demo.json
 	$(PY) -m tools.demo_results
 
-docs: $(READY) ## rewrite what is generated: docs/cli.md, the tables of README.md and docs/predictor.md, docs/speed.md
+evidence: $(READY) ## measure what docs/policies.md and docs/evidence.md show; hours, goes on where it was stopped
+	$(PY) -m tools.evidence
+	$(MAKE) --no-print-directory docs
+
+docs: $(READY) ## rewrite what is generated: cli.md, speed.md, policies.md, evidence.md, tables of README.md and predictor.md
 	$(PY) -m tools.docs_cli
 	$(PY) -m tools.readme_table
 	$(PY) -m tools.recovery_tables
 	$(PY) -m tools.speed_tables
+	$(PY) -m tools.policy_tables
+	$(PY) -m tools.evidence_tables
 
 lock: $(READY) ## rewrite requirements.lock; UPGRADE=1 moves to the newest versions
 	$(PY) -m pip install --quiet --disable-pip-version-check uv

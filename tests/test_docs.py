@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import docs_cli, readme_table, recovery_tables, speed_tables
+from tools import docs_cli, evidence_tables, policy_tables, readme_table, recovery_tables, speed_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +39,14 @@ def test_the_tables_of_the_predictor_page_are_current() -> None:
 
 def test_the_speed_page_is_current() -> None:
     assert speed_tables.main(["--check"]) == 0
+
+
+def test_the_page_of_policies_is_current() -> None:
+    assert policy_tables.main(["--check"]) == 0
+
+
+def test_the_page_of_evidence_is_current() -> None:
+    assert evidence_tables.main(["--check"]) == 0
 
 
 def test_pages_have_code() -> None:

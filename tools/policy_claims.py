@@ -32,7 +32,9 @@ CLAIMS = (
     Claim("predicted", "quest", "AttentionPredictor, LongBench at 1K and AIME24"),
     Claim("predicted", "ema", "AttentionPredictor, a learned forecast over heuristics"),
     Claim(
-        "predicted:predictor=attention-predictor-cnn", "ema", "AttentionPredictor, a learned forecast over heuristics"
+        "predicted:predictor=attention-predictor-cnn,calibration_interval=5",
+        "ema",
+        "AttentionPredictor, a learned forecast over heuristics",
     ),
     Claim("h2o", "streaming", "AttentionPredictor, LongBench at 1K"),
     Claim("snapkv", "h2o", "AttentionPredictor, LongBench at 1K"),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnpred.evaluation.statistics import difference
+from tools import pod_tables
 from tools.policy_claims import CLAIMS, Row, compared, verdict
 from tools.speed_tables import table
 
@@ -158,8 +159,8 @@ def page(rows: Sequence[Row], offloaded: Sequence[Row], timed: Sequence[Row]) ->
         "## Two questions, one after the other",
         "Over all budgets, paired by document.",
     ]
-    parts += [turns(rows), "## Orderings that papers publish", _CLAIMS, claims(rows)]
-    return "\n\n".join(parts) + "\n"
+    parts += [turns(rows), "## Orderings that papers publish", _CLAIMS, claims(rows), pod_tables.section(RESULTS)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 _CLAIMS = (

@@ -10,6 +10,7 @@ from typing import Any
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.evaluation.tasks import TASKS, Task, Wanted
+from attnpred.evaluation.tasks.hub import is_hub_name
 from attnpred.evaluation.tasks.recovery import KINDS
 from attnpred.evaluation.variants import Variant, parse_variant
 
@@ -134,7 +135,8 @@ def parse_task(word: str) -> TaskWord:
     if files and not (task.needs_file or task.reads_texts):
         raise ConfigError(f"got task {word!r}, expected no file: {name} makes its own documents")
     for file in files:
-        if not Path(file).is_file() and not task.replays:  # recovery has names for some texts
+        is_elsewhere = task.replays or (task.needs_file and is_hub_name(file))  # recovery has names for some texts
+        if not Path(file).is_file() and not is_elsewhere:
             raise ConfigError(f"got task {word!r}, expected a file that exists: there is no {file!r}")
     return TaskWord(word, name, files)
 

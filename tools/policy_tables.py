@@ -1,6 +1,6 @@
 """Write docs/policies.md from rows of `attnpred eval` in docs/results: no figure in it is typed by hand.
 
-`tools.evidence` makes the rows, which takes long: `QUALITY`, `offloaded` for bytes, `times` for milliseconds.
+`tools.evidence` makes the rows, which takes long: those of `QUALITY`, `offloaded` for bytes, `times` for milliseconds.
 `python -m tools.policy_tables` writes the page, and `--check` only says (exit code 1) when it is out of date. `TITLES` says
 which tasks the page shows and what it calls them.
 """
@@ -40,14 +40,21 @@ Accuracy is the share of answers in which every digit is right. `recovery ratio`
 that inside the best selection of as many blocks, on the first document; bits per byte are of the end of held-out books,
 teacher-forced. Read: keys, values and digests that a decode step reads. Fast, slow and moved are of the same cache with
 `offload="cpu"`: what it takes of either tier, and what a step moves between them (a policy that evicts has no use for a slow
-tier). Milliseconds are of steps in memory, timed one policy after the other at 1/13: a rough guide, `docs/speed.md` has the
-careful ones. No setting was chosen by these texts."""
+tier). Milliseconds are of steps in memory at 1/13, where policies take turns in one run (`attnpred bench decode`); a model of
+this size has little to win there (`docs/speed.md`). No setting was chosen by these texts."""
 
 
 def load(name: str) -> list[Row]:
     """Return the rows of a run; none if it was not made."""
     path = RESULTS / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def times() -> dict[str, Row]:
+    """Return what a step takes by policy; nothing if it was not measured."""
+    path = RESULTS / "policy_times.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return {{"dense": "full"}.get(row["variant"], row["variant"]): row for row in found}
 
 
 def share(budget: float) -> str:
@@ -143,13 +150,12 @@ def what_ran(rows: Sequence[Row]) -> str:
     )
 
 
-def page(rows: Sequence[Row], offloaded: Sequence[Row], timed: Sequence[Row]) -> str:
+def page(rows: Sequence[Row], offloaded: Sequence[Row], timed: dict[str, Row]) -> str:
     """Return the page: quality of `rows`, bytes of `offloaded`, milliseconds of `timed`."""
     costs = {(row["policy"], row["budget"] or 1.0): row for row in offloaded}
-    times = {row["policy"]: row for row in timed}
     parts = [HEAD, what_ran(rows)]
     for budget in sorted({row["budget"] for row in rows if row["policy"] != "full"}, reverse=True):
-        parts += [f"## A budget of {share(budget)}", "By mean accuracy.", budget_table(rows, budget, costs, times)]
+        parts += [f"## A budget of {share(budget)}", "By mean accuracy.", budget_table(rows, budget, costs, timed)]
     parts += [
         "## Against the full cache",
         "Difference in accuracy with four facts, paired by question, and its 95 % interval.",
@@ -171,7 +177,7 @@ _CLAIMS = (
 
 def main(arguments: list[str]) -> int:
     """Write or check the page; return the exit code."""
-    text = page([row for name in QUALITY for row in load(name)], load("offloaded"), load("times"))
+    text = page([row for name in QUALITY for row in load(name)], load("offloaded"), times())
     if "--check" not in arguments:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:

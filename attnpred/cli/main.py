@@ -21,6 +21,7 @@ from attnpred.cli.demo import demo
 from attnpred.cli.eval import evaluate
 from attnpred.cli.generate import generate
 from attnpred.cli.info import info
+from attnpred.cli.lm_eval import lm_eval
 from attnpred.cli.report import report
 from attnpred.cli.train import train
 from attnpred.errors import AttnpredError
@@ -33,11 +34,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "analyse-layers": analyse_layers,
     "eval": evaluate,
     "report": report,
+    "lm-eval": lm_eval,
     "bench": bench,
     "info": info,
 }
 
-PASSES_ON = {"bench": {"allow_extra_args": True, "ignore_unknown_options": True}}
+PASSES_ON = {name: {"allow_extra_args": True, "ignore_unknown_options": True} for name in ("bench", "lm-eval")}
 """Commands that hand further options to somebody else."""
 
 USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 1

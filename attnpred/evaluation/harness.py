@@ -1,9 +1,9 @@
 """lm-evaluation-harness (extra `eval`) on a model with a policy and a budget: `--model attnpred` on its command line.
 
-    python -m attnpred.evaluation.harness --model attnpred --model_args pretrained=MODEL,policy=quest,budget=1024 --tasks ...
+    attnpred lm-eval --model attnpred --model_args pretrained=MODEL,policy=quest,budget=1024 --tasks ...
 
 The harness has a registry of models, but no entry points by which a package could add to it before its command line
-runs. So this module adds its line when it is imported, and as a program then runs the harness's own command line.
+runs. So this module adds its line when it is imported, and `main` then runs the harness's own command line.
 
 `AttnpredLM` is the harness's own model class, attached. What is generated goes through `generate`, as always. A request for
 a log-likelihood would be one dense pass over context and continuation, which no policy has a part in; here the context

@@ -29,7 +29,7 @@ def model_card(config: PredictorConfig, details: str = "") -> str:
     lines += [GATES.get(config.kind, FORECAST), ""]
     lines += [f"* {name}: {value}" for name, value in facts.items() if value]
     use = 'predictor = attnpred.Predictor.from_pretrained("this directory or Hub id")'
-    lines += ["", "```python", "import attnpred", use, "```", ""]
+    lines += ["", "```python", "import attnpred", "", use, "```", ""]
     return "\n".join(lines) + (f"\n{details.rstrip()}\n" if details else "")
 
 

@@ -13,7 +13,7 @@ from attnpred.cli.main import main as attnpred
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 EVICTION = "streaming h2o snapkv sepllm fastgen cascading subgen"
-TOKENS = "h2o:block_size=1 snapkv:block_size=1"
+TOKENS = "h2o:block_size=1 snapkv:block_size=1 tactic:block_size=1 hip:block_size=2"
 RETRIEVAL = "quest mean_key tactic hip seer"
 REUSE = "last_step ema freekv recycled tidal"
 OURS = "predicted predicted:late_share=0 predicted:predictor=attention-predictor-cnn,calibration_interval=5"
@@ -30,7 +30,13 @@ RUNS: dict[str, list[str]] = {
         *("--tasks", "perplexity,facts1,hops"),
     ],
     "prompted": [
-        *("--policies", f"full {EVICTION} {TOKENS} quest predicted", "--budgets", "0.125,0.076923", *COMMON),
+        *(
+            "--policies",
+            f"full {EVICTION} h2o:block_size=1 snapkv:block_size=1 quest predicted",
+            "--budgets",
+            "0.125,0.076923",
+            *COMMON,
+        ),
         *("--tasks", "facts4_prompt", "--documents", "6"),
     ],
     "offloaded": [
@@ -39,7 +45,7 @@ RUNS: dict[str, list[str]] = {
     ],
     "compression": [
         *("--policies", "full predicted", "--budgets", "0.25,0.125,0.0769,0.0625,0.05,0.04,0.03125", *COMMON),
-        *("--tasks", "facts4,perplexity", "--documents", "32"),
+        *("--tasks", "facts4,perplexity", "--documents", "20"),
     ],
     "needle": [
         *("--policies", "full predicted quest snapkv streaming", "--budgets", "0.015625", "--lengths", "4096,8192"),

@@ -21,7 +21,7 @@ def section(results: Path) -> str:
 def _combined(found: Row) -> str:
     lines = [
         [
-            f"`{row['policy']}`", "all" if row["budget"] == 1 else f"1/{round(1 / row['budget'])}", row["weights"],
+            f"`{row['policy']}`", "all" if row["budget"] == 1 else f"{row['budget']:,} tokens", row["weights"],
             f"{row['bits_per_byte']['value']:.3f} [{row['bits_per_byte']['interval'][0]:.2f}, {row['bits_per_byte']['interval'][1]:.2f}]",
             f"{row['facts4']['value']:.2f}", f"{row['fast_bytes'] / 2**20:.2f}",
         ]

@@ -48,6 +48,12 @@ def test_items_are_paired_within_a_budget_and_a_task() -> None:
     assert compared(rows, "quest", "h2o") is None
 
 
+def test_a_document_is_one_sample_whatever_is_asked_of_it() -> None:
+    rows = [row(policy, budget, right) for policy, right in (("quest", GOOD), ("h2o", BAD)) for budget in (0.1, 0.05)]
+    once, twice = compared(rows[::2], "quest", "h2o"), compared(rows, "quest", "h2o")
+    assert once == twice and once is not None and once["n"] == len(GOOD)
+
+
 def test_a_table_holds_every_policy_best_first_and_the_full_cache() -> None:
     rows = [row("h2o", 0.125, BAD), row("quest", 0.125, GOOD), row("full", 1.0, [1] * 20), row("ema", 0.25, GOOD)]
     offloaded = {("quest", 0.125): {"fast_bytes": 3 * 2**19, "slow_bytes": 2**21, "moved_bytes_per_step": 512.0}}

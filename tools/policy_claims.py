@@ -1,7 +1,8 @@
 """Orderings that papers publish, held against rows of `attnpred eval`: which of them does this model reproduce?
 
-A claim says that one policy is ahead of another. Both are compared in pairs, item by item, over all items of all tasks that
-have questions and over all budgets below `SMALL`. It reproduces if the 95 % interval of the mean difference lies above
+A claim says that one policy is ahead of another. Both are compared in pairs, document by document, over all tasks that have
+questions and all budgets below `SMALL`: questions about one document, and one question at several budgets, are not
+independent, so a document is one sample. It reproduces if the 95 % interval of the mean difference lies above
 zero, it is reversed if the interval lies below, and otherwise nothing can be said.
 """
 
@@ -56,14 +57,20 @@ CLAIMS = (
 
 
 def compared(rows: Sequence[Row], ahead: str, behind: str) -> dict[str, Any] | None:
-    """Return the paired difference over all items that both have at equal budgets; None if there are none."""
+    """Return the paired difference by document, over all budgets that both have; None if there are none."""
     found: list[dict[str, float]] = []
     for name in (ahead, behind):
         own = [row for row in rows if row["policy"] == name and row["metric"] == "accuracy" and row["budget"] < SMALL]
         found.append(
             {f"{row['task']}/{row['budget']}/{item['name']}": item["value"] for row in own for item in row["items"]}
         )
-    result = difference(*found)
+    documents: list[dict[str, list[float]]] = [{}, {}]
+    for key in found[0].keys() & found[1].keys():
+        task, _, item = key.split("/", 2)
+        for own, values in zip(found, documents, strict=True):
+            values.setdefault(f"{task}/{item.split('/')[0]}", []).append(own[key])
+    ours, theirs = ({name: sum(x) / len(x) for name, x in values.items()} for values in documents)
+    result = difference(ours, theirs)
     return result if result["n"] else None
 
 

@@ -170,7 +170,7 @@ def page(rows: Sequence[Row], offloaded: Sequence[Row], timed: dict[str, Row]) -
 
 
 _CLAIMS = (
-    "Difference in accuracy over all questions and all budgets below 1/5, paired by question. A model of 5 million "
+    "Mean difference in accuracy over all tasks and all budgets below 1/5, paired by document. A model of 5 million "
     "parameters at a few thousand tokens is not what the papers measured: a verdict is about this model."
 )
 

@@ -9,6 +9,7 @@ counted.
 import contextlib
 import dataclasses
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, final
 
@@ -183,6 +184,9 @@ def attempt(grid: Grid, cell: Cell) -> str | None:
         grid.run(cell)
     except AttnpredError as error:
         return " ".join(str(error).split())
+    except Exception as error:  # a bug: shown whole, but a night's other cells are not lost for it
+        traceback.print_exc()
+        return f"{type(error).__name__}, a bug: see above"
     return None
 
 

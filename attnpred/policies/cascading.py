@@ -120,6 +120,7 @@ def _stretches(count: int, size: int, cascades: int) -> Tensor:
     for j in range(1, cascades):
         entries = math.ceil(fallen / 2)
         last, fallen = fallen << (j - 1), max(0, entries - size)
-        blocks = torch.arange(fallen << j, min(last, count))
+        last = min(last, count)
+        blocks = torch.arange(min(fallen << j, last), last)  # none where a sub-cache has no room at all
         found[blocks] = blocks >> j << j
     return found

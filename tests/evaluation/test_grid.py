@@ -14,7 +14,7 @@ import pytest
 from attnpred.cli.main import main
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
-from attnpred.evaluation.grid import Grid, left_over
+from attnpred.evaluation.grid import Grid, attempt, left_over
 from attnpred.evaluation.plan import Plan, parse_task, parse_tasks
 from attnpred.evaluation.rows import RowsFile, load_rows
 from attnpred.evaluation.suites import SUITES
@@ -185,3 +185,12 @@ def test_processes_on_several_devices_write_the_same_rows(text: str, tmp_path: P
     for left, right in zip(ours, theirs, strict=True):
         assert left["value"] == pytest.approx(right["value"], abs=1e-6)
         assert (left["against_full"] is None) == (right["against_full"] is None)
+
+
+def test_a_bug_in_one_cell_is_shown_and_costs_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def run(self, cell: object) -> None:
+            raise ZeroDivisionError("of a policy")
+
+    assert attempt(Broken(), None) == "ZeroDivisionError, a bug: see above"  # type: ignore[arg-type]
+    assert "ZeroDivisionError: of a policy" in capsys.readouterr().err

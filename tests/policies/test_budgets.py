@@ -187,3 +187,10 @@ def test_settings_that_cannot_be(own: dict[str, Any], message: str) -> None:
 def test_as_many_as_the_model_has(own: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected one for each"):
         attnpred.attach(tiny_model("llama"), policy=Quest(), **own)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_the_smallest_budget_is_enough_to_go_on(name: str) -> None:
+    config = replace(CONFIG, budget=CONFIG.smallest_budget)
+    layer = Layer(make(name), config).prompt(Text(150), 130).steps(Text(150), 130, 148)
+    assert all(output.isfinite().all() for output in layer.outputs)

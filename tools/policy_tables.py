@@ -154,6 +154,8 @@ def page(rows: Sequence[Row], offloaded: Sequence[Row], timed: dict[str, Row]) -
     """Return the page: quality of `rows`, bytes of `offloaded`, milliseconds of `timed`."""
     costs = {(row["policy"], row["budget"] or 1.0): row for row in offloaded}
     parts = [HEAD, what_ran(rows)]
+    if "floor" in timed:
+        parts.append(f"Without any attention a step takes {timed['floor']['ms_per_token']:.1f} ms.")
     for budget in sorted({row["budget"] for row in rows if row["policy"] != "full"}, reverse=True):
         parts += [f"## A budget of {share(budget)}", "By mean accuracy.", budget_table(rows, budget, costs, timed)]
     parts += [

@@ -40,7 +40,7 @@ def compression(rows: Sequence[Row]) -> str:
         if max(lost, worse) < LOSS:
             best = max(best or 0.0, times)
         shown.append(
-            f"{times:.1f} times: {-lost:+.1%} facts {_shown(own['facts4']['against_full'])}, {worse:+.2%} bits"
+            f"{times:.1f} times: {0.0 - lost:+.1%} facts {_shown(own['facts4']['against_full'])}, {worse:+.2%} bits"
         )
     return (f"{best:.1f} times" if best else "none") + f" under {LOSS:.1%} ({'; '.join(shown)})"
 

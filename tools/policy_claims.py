@@ -65,7 +65,7 @@ def compared(rows: Sequence[Row], ahead: str, behind: str) -> dict[str, Any] | N
             {f"{row['task']}/{row['budget']}/{item['name']}": item["value"] for row in own for item in row["items"]}
         )
     documents: list[dict[str, list[float]]] = [{}, {}]
-    for key in found[0].keys() & found[1].keys():
+    for key in (name for name in found[0] if name in found[1]):  # in the rows' order: resampling depends on it
         task, _, item = key.split("/", 2)
         for own, values in zip(found, documents, strict=True):
             values.setdefault(f"{task}/{item.split('/')[0]}", []).append(own[key])

@@ -24,7 +24,7 @@ LAYERS = (  # highest first; those on one line never import each other
     ("policies", "store"),
     ("predictor",),
     ("kernels", "config", "telemetry"),
-    ("shapes",),
+    ("shapes", "folders"),
     ("errors",),
 )
 RANKS = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}

@@ -1,4 +1,4 @@
-"""What the numba kernels share: compilation into the user's cache folder, and OpenMP's threads.
+"""What the numba kernels share: compilation, and OpenMP's threads.
 
 numba's own way to OpenMP brings a second copy of that library, whose threads then wait in busy loops on the cores that
 torch's threads want. So `share_out` calls the copy that torch has loaded, where there is one (`GOMP_parallel`, on Linux);
@@ -6,11 +6,7 @@ elsewhere one thread does all of the work.
 """
 
 import ctypes
-import functools
-import hashlib
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -20,6 +16,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from attnpred.kernels.numba_cache import compile_cached
+
 Function = Callable[..., Any]
 
 
@@ -27,28 +25,14 @@ def compiled(signature: str, *, to_address: bool = False, nogil: bool = False) -
     """Compile a function for its one signature, once per machine; `to_address`: for `share_out`; `nogil`: for threads."""
 
     def apply(function: Function) -> Any:
-        before = numba.config.CACHE_DIR  # set by NUMBA_CACHE_DIR; else numba would write next to the source
-        mine = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnpred" / "kernels" / _sources()
-        numba.config.CACHE_DIR = before or str(mine)
-        try:
-            return _compile(signature, to_address, nogil)(function)
-        finally:
-            numba.config.CACHE_DIR = before
+        def compile_with(cache: bool) -> Any:
+            if to_address:
+                return numba.cfunc(signature, cache=cache)(function)
+            return numba.njit(signature, cache=cache, nogil=nogil)(function)
+
+        return compile_cached(compile_with)
 
     return apply
-
-
-@functools.cache
-def _sources() -> str:
-    """Return a name for what all numba files say: a cached function would not notice that one it calls has changed."""
-    found = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("numba_*.py")))
-    return hashlib.sha256(found).hexdigest()[:16]
-
-
-def _compile(signature: str, to_address: bool, nogil: bool) -> Callable[[Function], Any]:
-    if to_address:
-        return numba.cfunc(signature, cache=True)
-    return numba.njit(signature, cache=True, nogil=nogil)
 
 
 def threads(pays: bool = True) -> tuple[int, int]:

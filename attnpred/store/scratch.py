@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import final
 
 from attnpred.errors import StoreError
+from attnpred.folders import make_private, user_cache
 
 try:
     import fcntl
@@ -30,20 +31,15 @@ TRIES = 16
 
 def absolute(folder: Path | None) -> Path:
     """Return `folder`, by default the one for scratch files in the user's cache folder, as it is seen from anywhere."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
+    cache = user_cache()
     try:
-        # The specification of these folders wants relative ones ignored.
-        default = (Path(cache) if Path(cache).is_absolute() else Path("~/.cache")) / "attnpred" / "kv"
-        return (folder or default).expanduser().absolute()
-    except RuntimeError as error:
-        raise StoreError("got a user without a home folder, expected one for scratch files: name a folder") from error
-
-
-def make_private(folder: Path) -> None:
-    """Make `folder` and its missing parents, for the user alone; leave alone what is there."""
-    if not folder.is_dir():
-        make_private(folder.parent)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder is not None:
+            return folder.expanduser().absolute()
+    except RuntimeError:
+        cache = None
+    if cache is None:
+        raise StoreError("got a user without a home folder, expected one for scratch files: name a folder")
+    return cache / "kv"
 
 
 def clean(folder: Path) -> None:

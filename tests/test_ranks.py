@@ -24,7 +24,8 @@ LAYERS = (  # highest first; those on one line never import each other
     ("policies", "store"),
     ("predictor",),
     ("kernels", "config", "telemetry"),
-    ("shapes", "folders"),
+    ("shapes", "folders", "reading"),
+    ("checks",),
     ("errors",),
 )
 RANKS = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}

@@ -6,6 +6,7 @@
     ├── PredictorError     a predictor file is missing, damaged or made for something else
     ├── TraceError         a folder of attention traces is missing, damaged or made for something else
     ├── UnsupportedModelError   the model cannot be served; raised before the first token
+    ├── FetchError         a named model could not be fetched, or is not the one that was pinned
     ├── NotSparseError     `strict=True` and a step that should have been sparse was not
     ├── StoreError         keys and values could not be written, read back or trusted; names the file
     │   └── TierFullError  a tier has no room left for them
@@ -38,6 +39,10 @@ class TraceError(AttnpredError):
 
 class UnsupportedModelError(AttnpredError):
     """The model cannot be served."""
+
+
+class FetchError(AttnpredError):
+    """A named model could not be fetched, or is not the one that was pinned."""
 
 
 class NotSparseError(AttnpredError):

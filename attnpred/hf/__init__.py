@@ -17,7 +17,8 @@ from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.choose import fingerprint, make_policy, make_settings
 from attnpred.hf.handle import Attached, attach
 from attnpred.hf.layer import TieredLayer
-from attnpred.hf.load import DEMO_MODEL, load_model, text_streamer
+from attnpred.hf.load import load_model, text_streamer
+from attnpred.hf.named_models import DEMO_MODEL
 from attnpred.hf.support import refuse_unsupported
 
 __all__ = [

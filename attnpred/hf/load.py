@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: a Hub id, a local folder, or the demo LM that comes with the package."""
+"""Models and tokenizers by name: a Hub id, a local folder, a GGUF file, or a name of `attnpred models`."""
 
 from pathlib import Path
 from typing import Any
@@ -7,37 +7,58 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TextStreamer
 
 from attnpred.errors import UnsupportedModelError
+from attnpred.hf.fetch import fetch_model
+from attnpred.hf.gguf_file import converted, is_gguf
+from attnpred.hf.named_models import DEMO_MODEL, NAMED_MODELS
 
-DEMO_MODEL = Path(__file__).parents[1] / "assets" / "demo_lm"
+
+def source_of(model: str) -> str:
+    """Return what transformers loads for `model`: a folder, or a Hub id as it is.
+
+    A named model is fetched at its first use, unless it has terms to agree to, and a GGUF file converted. Raises
+    `FetchError`, `UnsupportedModelError`, `MissingExtraError` and `StoreError`.
+    """
+    if model == "demo":
+        return str(DEMO_MODEL)
+    if model in NAMED_MODELS:
+        return str(fetch_model(model))
+    if is_gguf(model):
+        return str(converted(Path(model).expanduser()))
+    return model
 
 
-def load_model(name: str, *, device: str | None = None, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
-    """Return (model, tokenizer) for a Hub id, a local folder, or `demo`, the embedded language model."""
-    source = str(DEMO_MODEL) if name == "demo" else name
+def load_model(model: str, *, device: str | None = None, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+    """Return (model, tokenizer) for a Hub id, a local folder, a GGUF file, or a name of `attnpred models`.
+
+    device: left out, a GPU if there is one. Raises as `source_of`, and `UnsupportedModelError` for what cannot be loaded.
+    """
+    source = source_of(model)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "demo" and where == "cpu":
+    if model == "demo" and where == "cpu":
         dtype = torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise _no_model(name, error) from None
-    return model.to(where).eval(), tokenizer
+        raise _no_model(model, error) from None
+    return loaded.to(where).eval(), tokenizer
 
 
-def load_config(name: str) -> tuple[PreTrainedConfig, torch.dtype]:
-    """Return (config, dtype) of what `load_model(name)` would load, without its weights."""
+def load_config(model: str) -> tuple[PreTrainedConfig, torch.dtype]:
+    """Return (config, dtype) of what `load_model(model)` would load, without its weights."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(DEMO_MODEL) if name == "demo" else name)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source_of(model))
     except (OSError, ValueError) as error:
-        raise _no_model(name, error) from None
+        raise _no_model(model, error) from None
     dtype: Any = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
-    return config, torch.float32 if name == "demo" and not torch.cuda.is_available() else dtype
+    return config, torch.float32 if model == "demo" and not torch.cuda.is_available() else dtype
 
 
-def _no_model(name: str, error: Exception) -> UnsupportedModelError:
+def _no_model(model: str, error: Exception) -> UnsupportedModelError:
     first = str(error).strip().splitlines()[0]
-    return UnsupportedModelError(f"got model {name!r}, expected a Hub id, a local folder or 'demo': {first}")
+    return UnsupportedModelError(
+        f"got model {model!r}, expected a Hub id, a local folder, a GGUF file or a name of `attnpred models`: {first}"
+    )
 
 
 def text_streamer(tokenizer: Any) -> Any:

@@ -228,7 +228,8 @@ def test_an_unknown_model_is_one_line(run: Callable[..., tuple[int, str, str]], 
     """A path, so that nobody is asked over the network."""
     name = str(tmp_path / "no-such-model")
     assert_one_line(
-        run("--policy", "ema", model=name), f"got model '{name}', expected a Hub id, a local folder or 'demo'"
+        run("--policy", "ema", model=name),
+        f"got model '{name}', expected a Hub id, a local folder, a GGUF file or a name",
     )
 
 

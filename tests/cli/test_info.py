@@ -204,7 +204,10 @@ MISTAKES = [
     (["--model", "demo", "--offload", "tape"], "got offload='tape', expected one of"),
     (["--model", "demo", "--offload-dtype", "int4"], "got offload_dtype='int4', expected one of"),
     (["--model", "demo", "--offload", "none", "--offload-dtype", "int8"], "got offload_dtype='int8' without offload"),
-    (["--model", "./no/such/folder"], "got model './no/such/folder', expected a Hub id, a local folder or 'demo'"),
+    (
+        ["--model", "./no/such/folder"],
+        "got model './no/such/folder', expected a Hub id, a local folder, a GGUF file or a name",
+    ),
 ]
 
 

@@ -10,6 +10,7 @@
     ├── NotSparseError     `strict=True` and a step that should have been sparse was not
     ├── StoreError         keys and values could not be written, read back or trusted; names the file
     │   └── TierFullError  a tier has no room left for them
+    ├── OutputError        a file cannot be written where it was wanted
     ├── CacheFileError     a saved cache is missing, damaged or made for something else
     └── MissingExtraError  an optional package is not installed
 
@@ -59,6 +60,10 @@ class TierFullError(StoreError):
 
 class CacheFileError(AttnpredError):
     """A saved cache is missing, damaged or made for something else."""
+
+
+class OutputError(AttnpredError):
+    """A file cannot be written where it was wanted."""
 
 
 class MissingExtraError(AttnpredError, ImportError):

@@ -23,8 +23,8 @@ from attnpred.evaluation.statistics import bootstrap
 from attnpred.evaluation.tasks.base import Task, Wanted
 from attnpred.evaluation.tasks.facts import Facts
 from attnpred.evaluation.tasks.perplexity import Perplexity
+from attnpred.files import write_text
 from attnpred.hf import load_model, make_policy
-from attnpred.predictor.files import write_text
 from attnpred.predictor.layer_groups import LayerGroups
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "pod.json"

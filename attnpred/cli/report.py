@@ -20,7 +20,7 @@ def report(
 
     from attnpred import __version__
     from attnpred.errors import ConfigError
-    from attnpred.predictor.files import write_text
+    from attnpred.files import write_text
     from attnpred.report.attention import load_attention
     from attnpred.report.latency import read_bench
     from attnpred.report.page import build

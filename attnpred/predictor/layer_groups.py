@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnpred.errors import ConfigError, ShapeError
-from attnpred.predictor.files import write_text
+from attnpred.files import write_text
 
 FORMAT = 1
 
@@ -117,12 +117,8 @@ class LayerGroups:
         return grouped(torch.tensor(self.similarity), delta, **{name: getattr(self, name) for name in SAID})
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, all of it or nothing."""
-        text = json.dumps({"attnpred_layer_groups": FORMAT} | asdict(self), indent=1)
-        try:
-            write_text(path, text + "\n")
-        except OSError as error:
-            raise ConfigError(f"got {path}, expected a file that can be written: {error}") from None
+        """Write it as JSON, all of it or nothing. Raises `OutputError`."""
+        write_text(path, json.dumps({"attnpred_layer_groups": FORMAT} | asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "LayerGroups":

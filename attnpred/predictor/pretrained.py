@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from attnpred.errors import PredictorError
+from attnpred.files import write_bytes, write_text
 from attnpred.predictor.card import model_card
 from attnpred.predictor.cnn import PaperCNN
-from attnpred.predictor.files import replacing, write_text
 from attnpred.predictor.predictor_config import CARD, CONFIG, HUB_ID, NETWORKS, WEIGHTS, PredictorConfig
 from attnpred.predictor.seer_gate import SeerGate
 from attnpred.predictor.streaming import StreamingNetwork
@@ -81,12 +81,14 @@ class Predictor(nn.Module):
             )
 
     def save_pretrained(self, directory: str | Path) -> Path:
-        """Write the weights and the config into `directory` (made if missing), each file all or nothing; return it."""
+        """Write the weights and the config into `directory` (made if missing), each file all or nothing; return it.
+
+        Raises `OutputError`.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / WEIGHTS) as temporary:
-            tensors = self.network.state_dict().items()
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors}, temporary)
+        tensors = self.network.state_dict().items()
+        write_bytes(folder / WEIGHTS, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors}))
         write_text(folder / CONFIG, self.config.to_json())
         return folder
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attnpred.errors import ConfigError, TraceError
+from attnpred.files import write_text
 from attnpred.predictor.block_truth import BlockTruth, block_truth
 from attnpred.predictor.card import model_card
 from attnpred.predictor.digest import DigestMap
@@ -34,7 +35,6 @@ from attnpred.predictor.digest_training import (
     starting_map,
     train_projection,
 )
-from attnpred.predictor.files import write_text
 from attnpred.predictor.predictor_config import CARD, PredictorConfig
 from attnpred.predictor.pretrained import Predictor
 from attnpred.predictor.replay import Step, estimates, replay

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from attnpred.errors import TraceError
-from attnpred.predictor.files import replacing, write_text
+from attnpred.files import write_bytes, write_text
 from attnpred.predictor.trace_format import META, TraceMeta, file_name, opened, read_meta
 from attnpred.shapes import num_blocks
 
@@ -93,9 +93,8 @@ class TraceWriter:
                 f"{meta.block_size} tokens up to the last query"
             )
         self._check_values(name, rows, first)
-        with replacing(self.folder / file_name(name)) as temporary:
-            tensors = {"rows": rows} | self._vectors(name, rows, first, queries, keys)
-            save_file(tensors, temporary, metadata={"name": name, "first": str(first)})
+        tensors = {"rows": rows} | self._vectors(name, rows, first, queries, keys)
+        write_bytes(self.folder / file_name(name), save(tensors, metadata={"name": name, "first": str(first)}))
 
     def _vectors(
         self, name: str, rows: Tensor, first: int, queries: Tensor | None, keys: Tensor | None

@@ -26,9 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attnpred.errors import ConfigError, TraceError
+from attnpred.files import write_text
 from attnpred.predictor.card import model_card, training_details
 from attnpred.predictor.cnn import PaperCNN, start_as_average
-from attnpred.predictor.files import write_text
 from attnpred.predictor.predictor_config import CARD, PredictorConfig
 from attnpred.predictor.pretrained import Predictor
 from attnpred.predictor.traces import TraceMeta, TraceReader, split

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from attnpred.errors import PredictorError
-from attnpred.predictor.files import replacing, write_text
+from attnpred.files import write_bytes, write_text
 from attnpred.predictor.predictor_config import WEIGHTS
 from attnpred.predictor.pretrained import Predictor
 from attnpred.predictor.windows import Window
@@ -65,8 +65,7 @@ class TrainingRun:
             self.best, self.best_step = recovery["cnn"], step
             self.predictor.save_pretrained(self.folder)
         facts = {"step": self.step, "best_step": self.best_step, "best": self.best, "settings": self.settings}
-        with replacing(self.folder / CHECKPOINT) as temporary:
-            save_file(dict(self._tensors()), temporary, metadata={"run": json.dumps(facts)})
+        write_bytes(self.folder / CHECKPOINT, save(dict(self._tensors()), metadata={"run": json.dumps(facts)}))
 
     def resume(self) -> None:
         """Take over the checkpoint in the folder, if there is one, unless it is of other settings."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from attnpred.errors import ConfigError
-from attnpred.predictor.files import replacing
+from attnpred.files import write_bytes
 from attnpred.report.attention_figure import _bright
 from attnpred.report.heat import image_chart
 from attnpred.report.svg import Picture
@@ -34,10 +34,10 @@ class HeadAttention:
 
 
 def save_attention(head: HeadAttention, path: Path) -> None:
-    """Write the file, all or nothing."""
+    """Write the file, all or nothing. Raises `OutputError`."""
     tensors = {"true": head.true.float(), "predicted": head.predicted.float(), "selected": head.selected.bool()}
-    with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"title": head.title})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(contiguous, {"title": head.title}))
 
 
 def load_attention(path: Path) -> HeadAttention:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from attnpred.errors import CacheFileError, ShapeError, StoreError
-from attnpred.store.atomic import replacing
+from attnpred.errors import CacheFileError, OutputError, ShapeError, StoreError
+from attnpred.files import PRIVATE, put, replacing
 from attnpred.store.positioned import read_fully
 from attnpred.store.scratch import IS_SUPPORTED
 from attnpred.store.tier import buffer
@@ -68,15 +68,13 @@ def write(path: Path, tensors: Sequence[Entry], metadata: Mapping[str, str]) -> 
     _expect_platform()
     header = _header(path, tensors, metadata)
     try:
-        with replacing(path) as fd:
-            _put(fd, memoryview(header))
+        with replacing(path, PRIVATE) as fd:
+            put(fd, header)
             for entry in tensors:
                 for piece in _checked(entry):
-                    _put(fd, buffer(piece))
-    except OSError as error:
-        raise CacheFileError(
-            f"got {error.strerror or error} for {path}, expected to write a cache there: name a folder that has the room"
-        ) from error
+                    put(fd, buffer(piece))
+    except OutputError as error:
+        raise CacheFileError(str(error)) from error
 
 
 def _header(path: Path, tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
@@ -111,11 +109,6 @@ def _checked(entry: Entry) -> Iterator[Tensor]:
         yield piece
     if done < entry.size:
         raise ShapeError(f"got {done} bytes of {entry.name!r}, expected {entry.size}: give pieces for all of its shape")
-
-
-def _put(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
 
 
 class _Stretch(NamedTuple):

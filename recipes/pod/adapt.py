@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from attnpred.files import write_text
 from attnpred.hf import DEMO_MODEL
 from attnpred.kernels.shared import Split
-from attnpred.predictor.files import write_text
 from attnpred.predictor.layer_groups import LayerGroups
 from recipes.demo_lm import model
 from recipes.demo_lm.samples import ANSWER, Sampler

@@ -1,6 +1,7 @@
 """A predictor's way to disk and back, and what is said when that fails."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from attnpred.errors import PredictorError, ShapeError
-from attnpred.predictor import pretrained
+from attnpred.errors import OutputError, PredictorError, ShapeError
 from attnpred.predictor.pretrained import NETWORKS, Predictor, PredictorConfig, model_card, shipped
 
 CONFIG = PredictorConfig(block_size=32, history=48, base_model="owner/model", fingerprint="x/1", trained_on="prose")
@@ -79,12 +79,11 @@ def test_files_have_the_usual_permissions(saved: Path, tmp_path: Path) -> None:
 def test_an_interrupted_save_leaves_the_old_predictor(
     predictor: Predictor, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full_disk(tensors: object, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    def full_disk(fd: int) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "save_file", full_disk)
-    with pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="got No space left on device for"):
+        patch.setattr(os, "fsync", full_disk)
         Predictor(CONFIG).save_pretrained(saved)
     assert same(Predictor.from_pretrained(saved), predictor)
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]

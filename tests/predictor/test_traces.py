@@ -1,6 +1,7 @@
 """Traces on disk: every bit comes back, nothing half-written is ever seen, and mistakes are named."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -78,14 +79,13 @@ def test_an_interrupted_capture_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     writer = TraceWriter(tmp_path, META)
     writer.add("one", document(), 9)
 
-    def killed(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half a file")
+    def killed(fd: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(traces, "save_file", killed)
+        patch.setattr(os, "fsync", killed)
         writer.add("two", document(), 9)
-    (tmp_path / ".doc-two.safetensors.tmp").write_bytes(b"what a power cut leaves")
+    (tmp_path / ".doc-two.safetensors.1.0123abcd.tmp").write_bytes(b"what a power cut leaves")
     again = TraceWriter(tmp_path, META)
     assert again.has("one") and not again.has("two")
     assert TraceReader(tmp_path).documents == ["one"]

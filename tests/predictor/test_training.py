@@ -183,7 +183,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
             module, name = [
                 (training_run, "write_text"),
                 (Predictor, "save_pretrained"),
-                (training_run, "save_file"),
+                (training_run, "write_bytes"),
             ][killed_at]
             real, calls = getattr(module, name), iter(range(killed_at != 1))
 

@@ -1,12 +1,16 @@
 """`CacheConfig`: every setting of a compressed cache, frozen and validated when made.
 
+This is the one place for a setting: its name, its default, which is the default of every command too, and the words that
+explain it. Commands make their options from the fields (`attnpred.cli.options`), so a setting that is added here is an
+option everywhere.
+
 Defaults are the published ones of AttentionPredictor (arXiv 2502.04077): blocks of 16 tokens, 64 sink and 64 recent
 tokens, 64 history rows, the first two layers dense, a budget of 1024 tokens. How often a history is calibrated is
 left to the policy: the published one takes a dense row every fifth step, digests need none (docs/predictor.md).
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from attnpred.errors import ConfigError
@@ -17,74 +21,138 @@ OFFLOAD_DTYPES = (None, "int8", "fp8")
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """Settings of a compressed cache. Lengths are in tokens unless the name says otherwise.
+    """Settings of a compressed cache. Lengths are in tokens unless the name says otherwise."""
 
-    budget: tokens attended per kv head and layer, sinks and recent window included, rounded down to whole blocks; a
-        float of at most 1 is a share of the context, and never less than `smallest_budget`.
-    block_size: P, tokens selected and read together.
-    num_sink_tokens, recent_window: always attended; multiples of `block_size`. The recent window is kept in whole
-        blocks, so up to one block more than it is attended.
-    history: H, rows of past attention a policy may look at.
-    calibration_interval: every this many decode steps the memory gets a dense row, which reads all keys; 0 is never, None
-        what the policy was made for.
-    selection_interval: every this many decode steps blocks are chosen anew; the steps between attend to the same ones, and
-        to what is recent then. They cost no selection, and their attention is not remembered.
-    dense_layers: how many of the first layers stay dense, or which layers do, by number: (0, 1, 13).
-    late_share: how much of a selection may be blocks that the forecast missed and the query of the step asks for: they
-        have to be fetched late. 0 keeps to the forecast; None is for a cache that lies in fast memory altogether, where
-        nothing comes late and a policy that can correct chooses all blocks with the query. For policies that correct.
-    hysteresis: added to the scores of the blocks attended last, so that fewer blocks change (units of the policy's score).
-    per_query_head: select for each query head instead of once per kv head (as the authors' code does; reads more).
-    union: each query head scores, and a kv head attends to what its query heads want most, one block each in turn.
-    layer_budgets: a weight for each layer of the model, by which its budget is multiplied; None is the same for all.
-    head_budgets: a weight for each kv head, or "adaptive": the best scores of all heads of a layer together (Ada-KV); None
-        is the same for all. What a layer chooses in all stays the same.
-    strict: raise `NotSparseError` where a decode step falls back to dense attention.
-    measure_recovery: also compute the true attention of every step, for `stats()`; slow, for evaluation.
-    dense_when_fits: take the dense path while the context fits the budget; off only to test the sparse path.
-    offload: where the blocks lie that the budget does not hold: None is in fast memory with the others, "cpu" the
-        memory of the host, "disk" a file. The tokens are the same.
-    offload_dir: folder of that file; None is a folder of the user's own cache directory.
-    offload_dtype: numbers of the blocks there: None as they are, "int8" or "fp8" about half of 16 bits (lossy).
-    fast_limit, host_limit, disk_limit: bytes a cache may take of fast memory, host memory and disk; None is no limit.
-        With `offload="disk"` and a host limit, host memory is filled first.
-    fetch_timeout: seconds after which a block that has not arrived is an error.
-    layer_groups: a file of `attnpred analyse-layers`: layers of a group share the keys of distant tokens (PoD); None is no
-        sharing. The published windows are those below.
-    own_sinks, own_recent: first and last tokens for which every layer keeps keys of its own. A policy that selects always
-        attends to them: its sinks and recent window become at least these, in whole blocks.
-    distant_gate: tau: a layer that shares leaves distant tokens out where the near ones are estimated to have at least this
-        share of its attention (published: 0.7); None is never. For policies that attend to everything.
-    """
-
-    budget: int | float = 1024
-    block_size: int = 16
-    num_sink_tokens: int = 64
-    recent_window: int = 64
-    history: int = 64
-    calibration_interval: int | None = None
-    selection_interval: int = 1
-    dense_layers: int | tuple[int, ...] = 2
-    late_share: float | None = None
-    hysteresis: float = 0.0
-    per_query_head: bool = False
-    union: bool = False
-    layer_budgets: tuple[float, ...] | None = None
-    head_budgets: str | tuple[float, ...] | None = None
-    strict: bool = False
-    measure_recovery: bool = False
-    dense_when_fits: bool = True
-    offload: str | None = None
-    offload_dir: str | Path | None = None
-    offload_dtype: str | None = None
-    fast_limit: int | None = None
-    host_limit: int | None = None
-    disk_limit: int | None = None
-    fetch_timeout: float = 60.0
-    layer_groups: str | Path | None = None
-    own_sinks: int = 16
-    own_recent: int = 4080
-    distant_gate: float | None = None
+    budget: int | float = field(
+        default=1024,
+        metadata={
+            "about": "Tokens attended per kv head and layer, sinks and recent window included, rounded down to whole blocks; or a share of "
+            "the context up to 1, which is never less than what is always attended and one block."
+        },
+    )
+    block_size: int = field(default=16, metadata={"about": "Tokens that are selected and read together."})
+    num_sink_tokens: int = field(default=64, metadata={"about": "First tokens, always attended; whole blocks."})
+    recent_window: int = field(
+        default=64,
+        metadata={"about": "Last tokens, always attended; whole blocks, so up to one block more is attended."},
+    )
+    history: int = field(default=64, metadata={"about": "Rows of past attention that a policy may look at."})
+    calibration_interval: int | None = field(
+        default=None,
+        metadata={
+            "about": "A dense row for the memory every this many decode steps, which reads all keys; 0: never; left out: what the policy "
+            "was made for."
+        },
+    )
+    selection_interval: int = field(
+        default=1,
+        metadata={
+            "about": "Blocks are chosen anew every this many decode steps. The steps between attend to the same ones and to what is recent "
+            "then; they cost no selection, and their attention is not remembered."
+        },
+    )
+    dense_layers: int | tuple[int, ...] = field(
+        default=2, metadata={"about": "How many of the first layers stay dense, or which layers do, by number: 0,1,13."}
+    )
+    late_share: float | None = field(
+        default=None,
+        metadata={
+            "about": "How much of a selection, 0 to 1, may be blocks that the forecast missed and the query of the step asks for: they are "
+            "fetched late. 0 keeps to the forecast; left out: all with offload; without it nothing is late, and a policy that "
+            "can correct chooses all blocks with the query. For policies that correct."
+        },
+    )
+    hysteresis: float = field(
+        default=0.0,
+        metadata={
+            "about": "Added to the scores of the blocks attended last, so that fewer blocks change (units of the policy's score)."
+        },
+    )
+    per_query_head: bool = field(
+        default=False,
+        metadata={
+            "about": "Select for each query head instead of once per kv head (as the authors' code does; reads more)."
+        },
+    )
+    union: bool = field(
+        default=False,
+        metadata={
+            "about": "Each query head scores, and a kv head attends to what its query heads want most, one block each in turn."
+        },
+    )
+    layer_budgets: tuple[float, ...] | None = field(
+        default=None,
+        metadata={
+            "about": "A weight for each layer of the model, by which its budget is multiplied; left out: the same for all."
+        },
+    )
+    head_budgets: str | tuple[float, ...] | None = field(
+        default=None,
+        metadata={
+            "about": "A weight for each kv head, or adaptive: the best scores of all heads of a layer together (Ada-KV); left out: the same "
+            "for all. What a layer chooses in all stays the same."
+        },
+    )
+    strict: bool = field(default=False, metadata={"about": "Fail where a decode step falls back to dense attention."})
+    measure_recovery: bool = field(
+        default=False,
+        metadata={"about": "Also compute the true attention of every step, for the counters; slow, for evaluation."},
+    )
+    dense_when_fits: bool = field(
+        default=True,
+        metadata={"about": "Take the dense path while the context fits the budget; off only to test the sparse path."},
+    )
+    offload: str | None = field(
+        default=None,
+        metadata={
+            "about": "Where the blocks lie that the budget does not hold: none (in fast memory with the others), cpu (memory of the host) "
+            "or disk (a file). The tokens are the same."
+        },
+    )
+    offload_dir: str | Path | None = field(
+        default=None, metadata={"about": "Folder of that file; left out: a folder of your own cache directory."}
+    )
+    offload_dtype: str | None = field(
+        default=None,
+        metadata={
+            "about": "Numbers of the blocks there: int8 or fp8, about half of 16 bits (lossy); left out: as they are."
+        },
+    )
+    fast_limit: int | None = field(default=None, metadata={"about": "Most bytes of fast memory; left out: no limit."})
+    host_limit: int | None = field(
+        default=None,
+        metadata={
+            "about": "Most bytes of host memory; with offload to disk, host memory is filled first; left out: no limit."
+        },
+    )
+    disk_limit: int | None = field(default=None, metadata={"about": "Most bytes of disk; left out: no limit."})
+    fetch_timeout: float = field(
+        default=60.0, metadata={"about": "Seconds after which a block that has not arrived is an error."}
+    )
+    layer_groups: str | Path | None = field(
+        default=None,
+        metadata={
+            "about": "File of `attnpred analyse-layers`: layers of a group share the keys of distant tokens (PoD); left out: no sharing. "
+            "The published windows are the two that follow."
+        },
+    )
+    own_sinks: int = field(
+        default=16,
+        metadata={
+            "about": "First tokens for which every layer keeps keys of its own, with layer groups. A policy that selects always attends to "
+            "them: its sinks become at least these, in whole blocks."
+        },
+    )
+    own_recent: int = field(
+        default=4080, metadata={"about": "Last tokens for which every layer keeps keys of its own; likewise."}
+    )
+    distant_gate: float | None = field(
+        default=None,
+        metadata={
+            "about": "tau: a layer that shares leaves distant tokens out where the near ones are estimated to have at least this share of "
+            "its attention (published: 0.7); left out: never. For policies that attend to everything."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -215,3 +283,8 @@ class CacheConfig:
         """Return how many blocks of each head may be attended in a context of `tokens`: all, if the budget holds it."""
         budget = self.budget if isinstance(self.budget, int) else max(int(self.budget * tokens), self.smallest_budget)
         return (budget + self.block_size - 1 if budget >= tokens else budget) // self.block_size
+
+
+CacheConfig.__doc__ = f"{CacheConfig.__doc__}\n\n" + "\n".join(
+    f"{one.name}: {one.metadata['about']}" for one in fields(CacheConfig)
+)

@@ -174,8 +174,17 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a folder of nothing": (["--offload-dir", "/tmp"], "without offload, expected offload='cpu' or 'disk'"),
     "late share above 1": (["--late-share", "2"], "got late_share=2.0, expected a share from 0 to 1"),
     "a limit below 0": (["--fast-limit", "-1"], "got fast_limit=-1, expected a number of bytes"),
-    "chunks of 0": (["--prefill-chunk", "0"], "--prefill-chunk"),
-    "no new tokens": (["--max-new-tokens", "0"], "--max-new-tokens"),
+    "chunks of 0": (["--prefill-chunk", "0"], "got prefill_chunk=0, expected a whole number of at least 1"),
+    "no new tokens": (["--max-new-tokens", "0"], "got max_new_tokens=0, expected a whole number of at least 1"),
+    "endless tokens": (["--max-new-tokens", "1000000000000"], "expected a whole number of at most 16777216"),
+    "a seed below 0": (["--seed", "-1"], "got seed=-1, expected a whole number of at least 0"),
+    "a seed beyond 64 bits": (["--seed", str(1 << 64)], f"got seed={1 << 64}, expected a whole number of at most"),
+    "a temperature below 0": (["--temperature", "-1"], "got temperature=-1.0, expected 0 for the likeliest token"),
+    "a temperature of nothing": (["--temperature", "nan"], "got temperature=nan, expected 0 for the likeliest token"),
+    "a temperature that underflows": (
+        ["--temperature", "1e-320"],
+        "expected 0 for the likeliest token, or 0.01 to 100",
+    ),
     "missing predictor": (["--policy", "predicted", "--predictor", "/no/such/folder"], "got missing directory"),
 }
 

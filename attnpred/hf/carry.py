@@ -1,0 +1,50 @@
+"""`carry_over`: a text that was read once goes on under several policies.
+
+Reading leaves two things behind. Keys and values are the same for every policy, since a text is read with full attention;
+they are copied here. What a policy remembers, it takes from the attention of the text's last queries (`CacheConfig.history`
+of them at most); so these are read again, by each cache for itself: leave that many tokens out of the first reading, and
+give them to every cache after `carry_over`. Then each is in the state in which it would be had it read all of the text.
+"""
+
+import copy
+
+from attnpred.errors import ConfigError
+from attnpred.hf.cache import TieredCache
+from attnpred.hf.layer import TieredLayer
+
+
+def carry_over(source: TieredCache, cache: TieredCache) -> None:
+    """Copy the keys and values of `source` into the empty `cache`, which may have another policy, budget and offload.
+
+    Raises `ConfigError` where the one cannot give, or the other has to see, every token: a policy that evicts has dropped
+    some; one that counts attention from the first query on, or looks at token ids, has to read the text itself.
+    """
+    _check(source, cache)
+    for index, (old, new) in enumerate(zip(source.layers, cache.layers, strict=True)):
+        if type(old) is not TieredLayer or type(new) is not TieredLayer:
+            cache.layers[index] = copy.deepcopy(old)  # sliding and other layers are stock in both
+            continue
+        for piece in old.store.pieces():
+            if not new.is_initialized:
+                new.lazy_initialization(piece.keys, piece.values)
+                cache.admit(old.store.length, old.store.batch, piece.keys.dtype)
+            new.store.append(piece.keys, piece.values)
+    cache.tokens = source.tokens
+
+
+def _check(source: TieredCache, cache: TieredCache) -> None:
+    if cache.get_seq_length():
+        raise ConfigError(f"got a cache of {cache.get_seq_length()} tokens, expected an empty one")
+    if source.model_config is not cache.model_config:
+        raise ConfigError("got caches of two models, expected one model for both")
+    if source.policy.evicts or source.sharing is not None or cache.sharing is not None:
+        raise ConfigError(
+            "got a cache that evicts or shares keys between layers, expected one with all keys of every layer: "
+            "read the text again"
+        )
+    served = [i for i, layer in enumerate(cache.layers) if type(layer) is TieredLayer]
+    if cache.policy.reads_tokens or any(cache.decoder(i).memory.every for i in served):
+        raise ConfigError(
+            f"got policy {type(cache.policy).__name__}, which looks at every token of a text while it is read, expected one "
+            "that looks at the last ones: read the text again"
+        )

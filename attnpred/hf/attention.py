@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from attnpred.errors import ConfigError, UnsupportedModelError
+from attnpred.hf.autocast import attending_dtype, without_autocast
 from attnpred.hf.cache import LAST_UPDATED
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.streamed import StreamedAttention
@@ -30,7 +31,27 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function registered with transformers: query [B, Hq, Q, D] to output [B, Q, Hq, D]."""
+    """The attention function registered with transformers: query [B, Hq, Q, D] to output [B, Q, Hq, D].
+
+    Under autocast it computes in the type of number that stock attention would, and nothing below it is cast again.
+    """
+    dtype = attending_dtype(query.device, query.dtype)
+    with without_autocast(query.device):
+        return _attend(module, query, key, value, attention_mask, dropout, scaling, dtype, kwargs), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    dtype: torch.dtype,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Return the output [B, Q, Hq, D], numbers of `dtype`."""
     terms = AttentionTerms(
         scaling if scaling is not None else query.shape[-1] ** -0.5, kwargs.get("softcap"), kwargs.get("s_aux")
     )
@@ -39,7 +60,9 @@ def attention(
     index: int = getattr(module, "layer_idx", -1)
     layer = None if cache is None else cache.layer_of(index, key, value)
     if cache is None or layer is None:
-        return _dense(module, query, key, value, attention_mask, dropout, terms, kwargs), None
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        return _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
+    query = query.to(layer.dtype)
     decoder, store = cache.decoder(index), layer.store
     remember = not cache.settings.is_dense_layer(index)
     if remember and decoder.policy.reads_tokens:
@@ -53,26 +76,26 @@ def attention(
         output = cache.sharing.attend(index, query, terms, allowed, decoder.counts, count=is_step)
         if remember:
             decoder.observe(query, store, terms, allowed, prompt=layer.is_prompt)
-        return output.transpose(1, 2).contiguous(), None
+        return output.transpose(1, 2).contiguous().to(dtype)
     if layer.is_sparse:  # then so are the layers that share its keys, for they come later
         allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0, -1]
         output = decoder.step(query[:, :, 0], store, terms, allowed)[:, None]
         if cache.sharing is not None:
             cache.sharing.settle(index)
-        return output, None
+        return output.to(dtype)
     if layer.is_prompt:
         output = _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
         if remember:
             allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0]
             decoder.observe(query, store, terms, allowed, prompt=True, keys=key)
-        return output, None
+        return output.to(dtype)
     assert layer.reason is not None
     decoder.counts.count_dense(layer.reason, query.shape[2], store.length, store.bytes())
     allowed = _everything(module, query, store.length, attention_mask, kwargs.get("is_causal"))
     output = decoder.attend(query, store, terms, allowed, remember=remember)
     if cache.sharing is not None:
         cache.sharing.settle(index)
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous().to(dtype)
 
 
 def note_tokens(module: nn.Module, arguments: tuple[Any, ...]) -> None:

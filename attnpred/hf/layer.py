@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicLayer
 
 from attnpred import telemetry
 from attnpred.errors import ConfigError
+from attnpred.hf.autocast import attending_dtype, without_autocast
 from attnpred.store.base import Store
 
 if TYPE_CHECKING:
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 @final
 class TieredLayer(DynamicLayer):
-    """Keys and values of one full-attention layer in a store; see `attnpred.hf` for `update`."""
+    """Keys and values of one full-attention layer in a store; see `attnpred.hf` for `update`.
+
+    They have one type of number, that of the first call's attention, whatever autocast makes of them later.
+    """
 
     def __init__(self, store: Store, index: int) -> None:
         super().__init__()
@@ -28,7 +32,8 @@ class TieredLayer(DynamicLayer):
         self.is_prompt = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
+        self.dtype = attending_dtype(self.device, key_states.dtype)
         self.is_initialized = True
 
     def update(
@@ -39,8 +44,10 @@ class TieredLayer(DynamicLayer):
         batch, _, tokens, _ = key_states.shape
         self.is_prompt = self.store.length == 0
         if self.is_prompt:
-            cache.admit(tokens, batch, key_states.dtype)
-        self.store.append(key_states, value_states)
+            cache.admit(tokens, batch, self.dtype)
+        key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
+        with without_autocast(key_states.device):
+            self.store.append(key_states, value_states)
         self.reason = None if self.is_prompt else cache.dense_reason(self.index, tokens, self.store.length)
         self.is_sparse = not self.is_prompt and self.reason is None
         if self.reason == telemetry.NOT_ATTACHED:

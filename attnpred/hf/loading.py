@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnpred.errors import CacheFileError, ShapeError
+from attnpred.hf.autocast import attending_dtype
 from attnpred.hf.cache import TieredCache
 from attnpred.hf.header import Header
 from attnpred.hf.layer import TieredLayer
@@ -52,7 +53,7 @@ def load(
     path = Path(path).expanduser()
     file = SafetensorsFile(path)
     header = Header.from_metadata(file.metadata, path)
-    header.require(model.config, model.dtype, path)
+    header.require(model.config, attending_dtype(model.device, model.dtype), path)
     settings = header.settings_with(overrides)
     chosen = header.find_policy(policy, predictor, model.config, settings, path)
     if isinstance(chosen, Predicted | PaperForecast):

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from attnpred.config import CacheConfig
+from attnpred.hf.autocast import without_autocast
 from attnpred.hf.support import is_served, refuse_unsupported
 from attnpred.policies.base import Policy, View
 from attnpred.policies.select import zone_at
@@ -73,9 +74,10 @@ def memory_bytes(
         return 0
     full, rest = divmod(tokens, settings.block_size)
     blocks = settings.smallest_budget // settings.block_size + STRIDE  # enough of them between sinks and recent window
-    small, large = (
-        _remembered(settings, policy, index, layer, dtype, count, rest) for count in (blocks, blocks + STRIDE)
-    )
+    with without_autocast(torch.device("cpu")):  # as where the memory is used
+        small, large = (
+            _remembered(settings, policy, index, layer, dtype, count, rest) for count in (blocks, blocks + STRIDE)
+        )
     return max(0, small + (large - small) * (full - blocks) // STRIDE)
 
 

@@ -92,7 +92,8 @@ class SeerGate(nn.Module):
     def __init__(self, layers: int, heads: int, group: int, head_dim: int, rank: int) -> None:
         super().__init__()
         channels = torch.eye(head_dim, rank, dtype=torch.float16)
-        means = torch.cat((channels.new_zeros((POOLS - 1) * head_dim, rank), channels))
+        means = channels.new_zeros(POOLS * head_dim, rank)
+        means[-head_dim:] = channels
         self.queries = nn.Parameter(channels.repeat(layers, heads, group, 1))
         self.keys = nn.Parameter(means.repeat(layers, heads, 1, 1))
 

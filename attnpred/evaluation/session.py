@@ -23,6 +23,7 @@ from attnpred import hf
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.evaluation.tasks.base import Question
+from attnpred.hf.reading import Reading
 from attnpred.policies.base import Policy
 from attnpred.telemetry import SUMMED, LayerCounts, total
 
@@ -39,11 +40,39 @@ class Held:
 
 
 @final
+class Readings:
+    """Texts that were read, for the sessions of other policies: the newest of at most `limit` bytes of tensors."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: dict[tuple[int, ...], Reading] = {}
+
+    def of(self, tokens: Sequence[int]) -> Reading | None:
+        """Return the reading of these very tokens, if it is still kept."""
+        return self._kept.get(tuple(tokens))
+
+    def new(self, tokens: Sequence[int], device: torch.device) -> Reading:
+        """Return an empty reading, to be filled now; the oldest make room for it."""
+        while self._kept and sum(one.bytes() for one in self._kept.values()) > self.limit:
+            del self._kept[next(iter(self._kept))]
+        made = self._kept[tuple(tokens)] = Reading(torch.tensor([list(tokens[:-1])], device=device))
+        return made
+
+
+@final
 class PolicySession:
     """A model attached to one policy as long as the `with` block lasts; see `attnpred.evaluation.tasks.base.Session`."""
 
-    def __init__(self, model: Any, tokenizer: Any, policy: Policy[Any], settings: CacheConfig) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        policy: Policy[Any],
+        settings: CacheConfig,
+        readings: Readings | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.policy, self.settings = model, tokenizer, policy, settings
+        self._readings = readings
         self._counts, self._layers = LayerCounts(), 1
         self._fast, self._slow = 0, 0
         self._times: list[float] = []
@@ -64,10 +93,21 @@ class PolicySession:
         if len(tokens) < 2:
             raise ConfigError(f"got a document of {len(tokens)} tokens, expected at least 2")
         held = Held(self._attached.new_cache(), list(tokens))
+        if self._readings is not None and held.cache.sharing is None:
+            known = self._readings.of(tokens)
+            if known is not None:
+                known.fill(held.cache)
+                return held
+            with self._readings.new(tokens, self.model.device).kept(held.cache):
+                self._read(held)
+            return held
+        self._read(held)
+        return held
+
+    def _read(self, held: Held) -> None:
         start = time.perf_counter()
         self._feed(held.cache, held.ids[:-1])
         self._reading.append(time.perf_counter() - start)
-        return held
 
     def fork(self, cache: Held) -> Held:
         """Return a copy that goes on by itself."""

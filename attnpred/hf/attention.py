@@ -11,6 +11,7 @@ from transformers.masking_utils import sdpa_mask
 from attnpred.errors import ConfigError, UnsupportedModelError
 from attnpred.hf.autocast import attending_dtype, without_autocast
 from attnpred.hf.cache import LAST_UPDATED
+from attnpred.hf.reading import KEPT, Seen
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.streamed import StreamedAttention
 
@@ -85,8 +86,11 @@ def _attend(
         return output.to(dtype)
     if layer.is_prompt:
         output = _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
+        allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0]
+        reading = KEPT.get()
+        if reading is not None:
+            reading.layers.append(Seen(index, query, key, value, terms, allowed))
         if remember:
-            allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0]
             decoder.observe(query, store, terms, allowed, prompt=True, keys=key)
         return output.to(dtype)
     assert layer.reason is not None

@@ -7,7 +7,9 @@ import typer
 
 
 def capture(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or `demo`.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or a name of `attnpred models`.")
+    ],
     text: Annotated[
         list[Path], typer.Option("--text", help="Text file, or folder of .txt files; may be given more than once.")
     ],

@@ -12,7 +12,9 @@ from attnpred.config import CacheConfig
 
 @cache_options()
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or `demo`.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or a name of `attnpred models`.")
+    ],
     prompt_file: Annotated[Path, typer.Option(help="Text to continue.")],
     config: CacheConfig,
     policy: Annotated[str, typer.Option(help="Which policy chooses (see `attnpred info`).")] = "predicted",

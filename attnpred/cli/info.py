@@ -25,7 +25,10 @@ def info(
         str | None, typer.Argument(help="`policies`: kind, state, cost and source of each; left out: an overview.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Show instead what its KV cache takes: a Hub id, a local folder, or `demo`.")
+        str | None,
+        typer.Option(
+            help="Show instead what its KV cache takes: a Hub id, a local folder, a GGUF file, or a name of `attnpred models`."
+        ),
     ] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of that cache; left out: the most that the model was made for.")

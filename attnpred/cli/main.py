@@ -22,6 +22,7 @@ from attnpred.cli.eval import evaluate
 from attnpred.cli.generate import generate
 from attnpred.cli.info import info
 from attnpred.cli.lm_eval import lm_eval
+from attnpred.cli.models import models
 from attnpred.cli.report import report
 from attnpred.cli.train import train
 from attnpred.errors import AttnpredError
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "lm-eval": lm_eval,
     "bench": bench,
+    "models": models,
     "info": info,
 }
 

@@ -39,7 +39,7 @@ SETTINGS = {field.name for field in dataclasses.fields(CacheConfig)}
 class AttnpredLM(HFLM):
     """policy: a word as for `attnpred eval` (`quest`, `ema:rate=0.1`); budget: tokens, or a share of the context up to 1.
 
-    pretrained: a Hub id, a local folder or `demo`; predictor: a folder or Hub id. Others are settings of `CacheConfig`, and
+    pretrained: as MODEL of every command; predictor: a folder or Hub id. Others are settings of `CacheConfig`, and
     all that the harness's `hf` takes. Raises `ConfigError` and `UnsupportedModelError` before the first request.
     """
 
@@ -60,11 +60,9 @@ class AttnpredLM(HFLM):
         variant = parse_variant(policy)
         if predictor is not None:
             variant = dataclasses.replace(variant, predictor=predictor)
-        if pretrained == "demo":
-            pretrained = str(hf.DEMO_MODEL)
-            if not torch.cuda.is_available():
-                others.setdefault("dtype", "float32")
-        super().__init__(pretrained, **others)
+        if pretrained == "demo" and not torch.cuda.is_available():
+            others.setdefault("dtype", "float32")
+        super().__init__(hf.source_of(pretrained), **others)
         made, settings = variant.make(self.model.config, settings)
         self._settings, self._label = settings, variant.label
         self._followed: list[LayerCounts] = []

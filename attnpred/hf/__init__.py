@@ -18,7 +18,7 @@ from attnpred.hf.carry import carry_over
 from attnpred.hf.choose import fingerprint, make_policy, make_settings
 from attnpred.hf.handle import Attached, attach
 from attnpred.hf.layer import TieredLayer
-from attnpred.hf.load import load_model, text_streamer
+from attnpred.hf.load import load_model, source_of, text_streamer
 from attnpred.hf.named_models import DEMO_MODEL
 from attnpred.hf.support import refuse_unsupported
 
@@ -35,5 +35,6 @@ __all__ = [
     "make_policy",
     "make_settings",
     "refuse_unsupported",
+    "source_of",
     "text_streamer",
 ]

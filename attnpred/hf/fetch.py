@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from attnpred.errors import FetchError
+from attnpred.hf import named_models
 from attnpred.hf.gguf_file import converted, folder_of, need_extra
-from attnpred.hf.named_models import NAMED_MODELS, NamedModel, Piece, gguf_path
+from attnpred.hf.named_models import NamedModel, Piece, gguf_path
 from attnpred.hf.once import once, say
 
 CHUNK = 1 << 20
@@ -28,7 +29,7 @@ def fetch_model(name: str, *, asked: bool = False) -> Path:
     asked: it is fetched because the user asked for it, so terms may be accepted. Raises `FetchError`,
     `MissingExtraError` and `StoreError`.
     """
-    digest = NAMED_MODELS[name].sha256
+    digest = named_models.NAMED_MODELS[name].sha256
     if folder_of(digest).exists():
         return folder_of(digest)
     need_extra()  # before the download, not after it
@@ -37,7 +38,7 @@ def fetch_model(name: str, *, asked: bool = False) -> Path:
 
 def fetch_gguf(name: str, *, asked: bool = False) -> Path:
     """Return the GGUF file of the named model `name`, fetched if it is not here; as `fetch_model`."""
-    model, target = NAMED_MODELS[name], gguf_path(name)
+    model, target = named_models.NAMED_MODELS[name], gguf_path(name)
     if target.exists():
         return target
     if model.terms and not asked:

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TextStreamer
 
 from attnpred.errors import UnsupportedModelError
+from attnpred.hf import named_models
 from attnpred.hf.fetch import fetch_model
 from attnpred.hf.gguf_file import converted, is_gguf
-from attnpred.hf.named_models import DEMO_MODEL, NAMED_MODELS
+from attnpred.hf.named_models import DEMO_MODEL
 
 
 def source_of(model: str) -> str:
@@ -20,7 +21,7 @@ def source_of(model: str) -> str:
     """
     if model == "demo":
         return str(DEMO_MODEL)
-    if model in NAMED_MODELS:
+    if model in named_models.NAMED_MODELS:
         return str(fetch_model(model))
     if is_gguf(model):
         return str(converted(Path(model).expanduser()))

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from attnpred.errors import ConfigError, ShapeError
 from attnpred.files import write_text
-from attnpred.reading import read_json
 
 FORMAT = 1
 
@@ -125,7 +124,10 @@ class LayerGroups:
     def load(cls, path: Path) -> "LayerGroups":
         """Read what `save` wrote. Raises `ConfigError`."""
         advice = "expected a file of `attnpred analyse-layers`"
-        said: Any = read_json(path, "a file of `attnpred analyse-layers`")
+        try:
+            said: Any = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"got {path}, {advice}: {error}") from None
         names = list(cls.__dataclass_fields__)
         if (
             not isinstance(said, dict)

@@ -20,6 +20,7 @@ from attnpred.policies.base import Policy, View
 from attnpred.predictor.memory import Columns, Memory
 from attnpred.predictor.trace_format import TraceMeta
 from attnpred.predictor.traces import TraceWriter
+from attnpred.reading import read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def capture(
     writer: TraceWriter | None = None
     count = 0
     for file in tqdm(files, desc="capture", unit="file"):
-        text = file.read_text(encoding="utf-8", errors="replace")
+        text = read_text(file)
         for index, (name, ids) in enumerate(documents(file.stem, text, tokenizer, tokens)):
             if per_file is not None and index >= per_file:
                 break

@@ -116,7 +116,7 @@ def parse_json(text: str, where: object, expected: str, error: type[AttnpredErro
     except RecursionError:
         raise error(f"got {where} with more than {DEPTH} levels of JSON, expected {expected}") from None
     except ValueError as failure:
-        raise error(f"got {where} that is not JSON ({failure}), expected {expected}") from None
+        raise error(f"got {where} that is not JSON, expected {expected} ({failure})") from None
     return found
 
 

@@ -97,7 +97,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("text", "reason"), WRONG.values(), ids=WRONG)
 def test_json_that_cannot_be_used_is_one_line(text: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^got here .*{reason}.*, expected one object$"):
+    with pytest.raises(ConfigError, match=rf"^got here .*{reason}"):
         parse_json(text, "here", "one object")
 
 

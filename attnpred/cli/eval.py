@@ -1,7 +1,7 @@
 """`attnpred eval`: tasks x policies x budgets on a model, one JSON line per row; goes on where it was stopped.
 
-Exit codes: 0 all rows are there; 1 some cells could not be measured, each was told on stderr; 2 a mistake, before
-anything long began.
+Exit codes: 0 all rows are there; 1 some cells could not be measured, each was told on stderr, or rows could not be written
+to their file, and are on stdout; 2 a mistake, before anything long began.
 """
 
 from pathlib import Path
@@ -114,27 +114,61 @@ def _run(plan: Any, file: Any, devices: list[str], as_json: bool) -> None:
     import json
     import sys
 
-    from tqdm import tqdm
-
-    from attnpred.evaluation.grid import Grid, check, left_over, run_cells
-    from attnpred.evaluation.workers import run_on_devices
-    from attnpred.hf import load_model
+    from attnpred.evaluation.grid import check
+    from attnpred.evaluation.notices import each_once
     from attnpred.hf.load import load_config
 
-    check(plan, load_config(plan.model)[0])
-    cells = left_over(plan, file.open())
-    total = len(plan.cells())
-    failed: list[Any] = []
+    total, failed = len(plan.cells()), 0
+    try:
+        with each_once():
+            check(plan, load_config(plan.model)[0])
+            with file.claimed():
+                failed = _measure(plan, file, devices)
+    finally:
+        sys.stdout.write(lines := file.waiting())
+        if lines:
+            count = lines.count("\n")
+            print(
+                f"attnpred: {file.path} cannot be written ({file.problem}): {count} rows are on stdout instead",
+                file=sys.stderr,
+            )
+    count = len(file.rows)
+    print(json.dumps({"rows": count, "out": str(file.path)}) if as_json else f"{file.path}: {count} rows")
+    if failed:
+        print(f"attnpred: {failed} of {total} cells could not be measured; see above", file=sys.stderr)
+    if failed or lines:
+        raise typer.Exit(UNMEASURED)
+
+
+def _measure(plan: Any, file: Any, devices: list[str]) -> int:
+    """Measure what is left over; return how many cells could not be measured."""
+    import sys
+
+    from tqdm import tqdm
+
+    from attnpred.evaluation.grid import Grid, left_over, run_cells
+    from attnpred.evaluation.workers import run_on_devices
+    from attnpred.hf import load_model
+
+    cells, total = left_over(plan, file.rows), len(plan.cells())
+    failed, problem = 0, None
     # The first device checks the documents, and does the work if it is the only one.
-    grid = Grid(plan, file, *load_model(plan.model, device=devices[0] if devices else None))
+    grid = Grid(plan, *load_model(plan.model, device=devices[0] if devices else None))
     grid.check_documents()
     with tqdm(total=total, initial=total - len(cells), unit="cell", file=sys.stderr) as bar:
 
         def done(cell: Any, why: str | None) -> None:
+            nonlocal failed, problem
             bar.set_description_str(f"{cell.task.word} {cell.length} {cell.variant.label}", refresh=False)
             bar.update()
+            if file.problem is not None and file.problem != problem:
+                bar.write(
+                    f"{file.path} cannot be written ({file.problem}): rows are kept in memory, and tried again after every cell",
+                    file=sys.stderr,
+                )
+            problem = file.problem
             if why is not None:
-                failed.append(cell)
+                failed += 1
                 bar.write(
                     f"left out: {cell.task.word} at {cell.length}, {cell.variant.label} {cell.budget:g}: {why}",
                     file=sys.stderr,
@@ -143,9 +177,5 @@ def _run(plan: Any, file: Any, devices: list[str], as_json: bool) -> None:
         if len(devices) > 1:
             run_on_devices(plan, file, cells, devices, done)
         else:
-            run_cells(grid, cells, done)
-    count = len(file.open())
-    print(json.dumps({"rows": count, "out": str(file.path)}) if as_json else f"{file.path}: {count} rows")
-    if failed:
-        print(f"attnpred: {len(failed)} of {total} cells could not be measured; see above", file=sys.stderr)
-        raise typer.Exit(UNMEASURED)
+            run_cells(grid, file, cells, done)
+    return failed

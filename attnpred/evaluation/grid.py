@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -20,7 +20,7 @@ from attnpred.config import CacheConfig
 from attnpred.errors import AttnpredError, ConfigError
 from attnpred.evaluation.plan import FULL, Cell, Plan, TaskWord, plain
 from attnpred.evaluation.provenance import provenance
-from attnpred.evaluation.rows import Row, RowsFile, key_of
+from attnpred.evaluation.rows import Row, RowsFile, as_json, key_of
 from attnpred.evaluation.session import PolicySession, Readings
 from attnpred.evaluation.statistics import bootstrap, difference
 from attnpred.evaluation.tasks import Example, Measured, Wanted
@@ -54,15 +54,11 @@ def config_of(plan: Plan, cell: Cell) -> CacheConfig:
 
 @final
 class Grid:
-    """A plan on one device: the model, the documents made last, and the file of rows."""
+    """A plan on one device: the model, the documents made last, and what was read of them."""
 
-    def __init__(
-        self, plan: Plan, file: RowsFile, model: Any, tokenizer: Any, readings: Readings | None = None
-    ) -> None:
-        self.readings = readings
-        self.plan, self.file, self.model, self.tokenizer = plan, file, model, tokenizer
+    def __init__(self, plan: Plan, model: Any, tokenizer: Any, readings: Readings | None = None) -> None:
+        self.plan, self.model, self.tokenizer, self.readings = plan, model, tokenizer, readings
         self._examples: tuple[TaskWord, int, list[Example]] | None = None
-        self._full: dict[tuple[str, int], dict[str, float]] = {}
         self._made_by = provenance(str(model.device))
 
     def check_documents(self) -> None:
@@ -79,12 +75,8 @@ class Grid:
         wanted = self.plan.wanted(task, length)
         return dataclasses.replace(wanted, chat=wanted.chat and bool(self.tokenizer.chat_template))
 
-    def run(self, cell: Cell) -> None:
-        """Measure a cell and append its rows. Raises `AttnpredError`."""
-        self.file.append(self.rows(cell))
-
-    def rows(self, cell: Cell) -> list[Row]:
-        """Return the rows of a cell."""
+    def rows(self, cell: Cell, full: Sequence[Row] = ()) -> list[Row]:
+        """Measure a cell; return its rows, compared with those of the full cache. Raises `AttnpredError`."""
         start = time.perf_counter()
         task, examples = cell.task.make(), self.examples(cell)
         policy, settings = cell.variant.make(self.model.config, config_of(self.plan, cell))
@@ -98,7 +90,8 @@ class Grid:
             recovery |= self._recovery(cell, examples[0])
         costs = session.costs() | recovery
         seconds = time.perf_counter() - start
-        return [self._row(cell, one, policy, settings, costs, seconds) for one in measured]
+        before = {item["name"]: item["value"] for row in full for item in row["items"]}
+        return [self._row(cell, one, policy, settings, costs, seconds, before) for one in measured]
 
     def examples(self, cell: Cell) -> list[Example]:
         """Return the documents of a cell's task and length, prepared with the full cache."""
@@ -127,9 +120,15 @@ class Grid:
         settings: CacheConfig,
         costs: dict[str, Any],
         seconds: float,
+        full: dict[str, float],
     ) -> Row:
         task, items = cell.task.make(), measured.items
         values = torch.tensor([item.value for item in items], dtype=torch.float64)
+        if not bool(values.isfinite().all()):
+            raise ConfigError(
+                f"got {task.metric} {float(values.mean())} from task {cell.task.word!r}, expected a finite one: the model's own "
+                "numbers overflow; give it another dtype"
+            )
         base = self.plan.config
         row = self.plan.key(cell) | {
             "metric": task.metric,
@@ -137,7 +136,7 @@ class Grid:
             "value": float(values.mean()),
             "interval": bootstrap(values),
             "n": len(items),
-            "against_full": self._against_full(cell, {item.name: item.value for item in items}),
+            "against_full": _against({item.name: item.value for item in items}, full),
             **costs,
             "kind": policy.kind,
             "granularity": _granularity(policy, settings),
@@ -153,20 +152,12 @@ class Grid:
             "seconds": round(seconds, 3),
         }
         shown = [dataclasses.asdict(item) | {"text": item.text[:LONGEST_TEXT]} for item in items]
-        return row | measured.figures | {"items": shown}
+        return as_json(row | measured.figures | {"items": shown})
 
-    def _against_full(self, cell: Cell, values: dict[str, float]) -> dict[str, Any] | None:
-        """Compare with the row of the full cache, if there is one."""
-        place = (cell.task.word, cell.length)
-        if cell.variant.label == FULL:
-            self._full[place] = values
-            return None
-        if place not in self._full:
-            wanted = key_of(self.plan.key(dataclasses.replace(cell, variant=parse_variant(FULL), budget=1.0)))
-            found = [row for row in self.file.open() if key_of(row) == wanted]
-            self._full[place] = {item["name"]: item["value"] for row in found for item in row["items"]}
-        compared = difference(values, self._full[place])
-        return compared if compared["n"] else None
+
+def _against(values: dict[str, float], full: dict[str, float]) -> dict[str, Any] | None:
+    compared = difference(values, full)
+    return compared if compared["n"] else None
 
 
 def left_over(plan: Plan, rows: Iterable[Row]) -> list[Cell]:
@@ -175,22 +166,31 @@ def left_over(plan: Plan, rows: Iterable[Row]) -> list[Cell]:
     return [cell for cell in plan.cells() if key_of(plan.key(cell)) not in done]
 
 
-def run_cells(grid: Grid, cells: Iterable[Cell], done: Callable[[Cell, str | None], None]) -> None:
-    """Measure `cells`; `done` is told each, and why it was left out if it was."""
+def full_of(plan: Plan, cell: Cell) -> str:
+    """Return the key (`rows.key_of`) of the full cache's cell that `cell` is compared with; "" for that cell itself."""
+    if cell.variant.label == FULL:
+        return ""
+    return key_of(plan.key(dataclasses.replace(cell, variant=parse_variant(FULL), budget=1.0)))
+
+
+def run_cells(grid: Grid, file: RowsFile, cells: Iterable[Cell], done: Callable[[Cell, str | None], None]) -> None:
+    """Measure `cells` and append their rows; `done` is told each, and why it was left out if it was."""
     for cell in cells:
-        done(cell, attempt(grid, cell))
+        rows, why = attempt(grid, cell, file.of_cell(full_of(grid.plan, cell)))
+        if rows:
+            file.append(rows)
+        done(cell, why)
 
 
-def attempt(grid: Grid, cell: Cell) -> str | None:
-    """Measure a cell; return why it could not be measured, or None."""
+def attempt(grid: Grid, cell: Cell, full: Sequence[Row] = ()) -> tuple[list[Row], str | None]:
+    """Measure a cell; return its rows, and none and why where it could not be measured."""
     try:
-        grid.run(cell)
+        return grid.rows(cell, full), None
     except AttnpredError as error:
-        return " ".join(str(error).split())
+        return [], " ".join(str(error).split())
     except Exception as error:  # a bug: shown whole, but a night's other cells are not lost for it
         traceback.print_exc()
-        return f"{type(error).__name__}, a bug: see above"
-    return None
+        return [], f"{type(error).__name__}, a bug: see above"
 
 
 def _granularity(policy: Policy[Any], settings: CacheConfig) -> str:

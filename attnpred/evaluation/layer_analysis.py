@@ -15,6 +15,7 @@ from attnpred import hf
 from attnpred.capture import captured, documents
 from attnpred.errors import ConfigError
 from attnpred.predictor.layer_groups import SAID, LayerGroups, grouped, mean_similarity, similarities
+from attnpred.reading import read_text
 
 
 def analyse_layers(
@@ -36,9 +37,7 @@ def analyse_layers(
     samples = [
         ids
         for file in sorted(files)
-        for _, ids in islice(
-            documents(file.stem, file.read_text(encoding="utf-8", errors="replace"), tokenizer, tokens), per_file
-        )
+        for _, ids in islice(documents(file.stem, read_text(file), tokenizer, tokens), per_file)
     ]
     if not samples:
         raise ConfigError(

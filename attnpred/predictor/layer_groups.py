@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attnpred.errors import ConfigError, ShapeError
 from attnpred.files import write_text
+from attnpred.reading import read_json
 
 FORMAT = 1
 
@@ -124,10 +125,7 @@ class LayerGroups:
     def load(cls, path: Path) -> "LayerGroups":
         """Read what `save` wrote. Raises `ConfigError`."""
         advice = "expected a file of `attnpred analyse-layers`"
-        try:
-            said: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"got {path}, {advice}: {error}") from None
+        said: Any = read_json(path, "a file of `attnpred analyse-layers`")
         names = list(cls.__dataclass_fields__)
         if (
             not isinstance(said, dict)

@@ -14,6 +14,7 @@ from attnpred.errors import PredictorError
 from attnpred.predictor.cnn import PaperCNN, UnpaddedCNN
 from attnpred.predictor.seer_gate import SeerGate
 from attnpred.predictor.streaming import StreamingNetwork
+from attnpred.reading import parse_json
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = 1
@@ -73,12 +74,9 @@ class PredictorConfig:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, source: str = CONFIG) -> "PredictorConfig":
+    def from_json(cls, text: str, source: str = CONFIG) -> "PredictorConfig":
         """Return the config written in `text`; `source` is named in errors."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:  # also a wrong encoding
-            raise PredictorError(f"got {source} that is not JSON ({error}), expected a config: save it again") from None
+        values = parse_json(text, source, "a config: save it again", PredictorError)
         if not isinstance(values, dict):
             raise PredictorError(f"got {source} with a {type(values).__name__}, expected an object: save it again")
         known = [field.name for field in dataclasses.fields(cls)]

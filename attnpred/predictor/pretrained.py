@@ -22,6 +22,7 @@ from attnpred.predictor.cnn import PaperCNN
 from attnpred.predictor.predictor_config import CARD, CONFIG, HUB_ID, NETWORKS, WEIGHTS, PredictorConfig
 from attnpred.predictor.seer_gate import SeerGate
 from attnpred.predictor.streaming import StreamingNetwork
+from attnpred.reading import JSON_BYTES, read_text
 from attnpred.shapes import expect
 
 __all__ = ["NETWORKS", "SMALLEST_WIDTH", "Predictor", "PredictorConfig", "model_card", "shipped"]
@@ -110,7 +111,11 @@ class Predictor(nn.Module):
                 raise PredictorError(
                     f"got no {name} in {str(folder)!r}, expected {CONFIG} and {WEIGHTS}: save it again"
                 )
-        predictor = cls(PredictorConfig.from_json(files[CONFIG].read_bytes(), str(files[CONFIG])))
+        predictor = cls(
+            PredictorConfig.from_json(
+                read_text(files[CONFIG], "a config: save it again", JSON_BYTES, PredictorError), str(files[CONFIG])
+            )
+        )
         try:
             tensors = load_file(files[WEIGHTS])
         except (SafetensorError, OSError) as error:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from attnpred.errors import TraceError
+from attnpred.reading import read_json
 
 META = "traces.json"
 FORMAT = 2
@@ -63,14 +63,9 @@ def file_name(name: str) -> str:
 
 def read_meta(folder: Path) -> TraceMeta:
     path = folder / META
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise TraceError(
-            f"got no {META} in {str(folder)!r}, expected traces: write some with `attnpred capture`"
-        ) from None
-    except ValueError as error:  # also a wrong encoding
-        raise TraceError(f"got {path} that is not JSON ({error}), expected one object: capture again") from None
+    if not path.exists():
+        raise TraceError(f"got no {META} in {str(folder)!r}, expected traces: write some with `attnpred capture`")
+    values = read_json(path, "one object: capture again", TraceError)
     known = [field.name for field in dataclasses.fields(TraceMeta)]
     if not isinstance(values, dict) or set(values) != set(known):
         got = sorted(values) if isinstance(values, dict) else type(values).__name__

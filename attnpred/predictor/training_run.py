@@ -15,6 +15,7 @@ from attnpred.files import write_bytes, write_text
 from attnpred.predictor.predictor_config import WEIGHTS
 from attnpred.predictor.pretrained import Predictor
 from attnpred.predictor.windows import Window
+from attnpred.reading import JSON_BYTES, parse_json, read_text
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "train_log.jsonl"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -74,7 +75,7 @@ class TrainingRun:
             return
         try:
             with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["run"])
+                facts = parse_json(file.metadata()["run"], path, "a run to resume")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             for name, expected in self.settings.items():
                 if (got := facts["settings"].get(name)) != expected:
@@ -82,7 +83,8 @@ class TrainingRun:
                         f"got {path} of a run with {name}={got!r}, expected {expected!r}: use another --out, or delete it"
                     )
             self.step, self.best_step, self.best = facts["step"], facts["best_step"], facts["best"]
-            lines = [json.loads(line) for line in (self.folder / LOG).read_text(encoding="utf-8").splitlines()]
+            text = read_text(self.folder / LOG, "a run to resume", JSON_BYTES)
+            lines = [parse_json(line, LOG, "a run to resume") for line in text.split("\n") if line]
             self.log = [line for line in lines if line["step"] <= self.step]
             if not any(line["step"] == self.best_step for line in self.log):
                 raise LookupError(f"no line for step {self.best_step}")

@@ -1,6 +1,5 @@
 """Latency against context: what `attnpred bench decode` measured beside the floor and the dense paths, and what rows say."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +7,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from attnpred.checks import is_finite
 from attnpred.errors import ConfigError
+from attnpred.reading import JSON_BYTES, parse_json, read_text
 from attnpred.report.charts import Axis, Point, line_chart, short
 from attnpred.report.look import Look, looks
 from attnpred.report.markup import table
 from attnpred.report.places import Column, Place
 from attnpred.report.results import FULL
-from attnpred.report.rows import is_number, read_text
 from attnpred.report.svg import Picture
 from attnpred.report.words import number
 
@@ -49,14 +49,9 @@ class Bench:
 def read_bench(path: Path) -> Bench:
     """Read the JSON object that `attnpred bench decode --json` prints last. Raises `ConfigError`."""
     expected = "the JSON object of `attnpred bench decode --json`"
-    text = read_text(path, expected)
-    try:
-        found: Any = json.loads(text)
-    except ValueError:
-        try:
-            found = json.loads(text.strip().rpartition("\n")[2])
-        except ValueError:
-            raise ConfigError(f"got {path} that is not JSON, expected {expected}") from None
+    text = read_text(path, expected, JSON_BYTES).strip()
+    last = text.rpartition("\n")[2]  # after what a run without --json printed
+    found: Any = parse_json(last if last.startswith("{") and last != "{" else text, path, expected)
     rows = found.get("rows") if isinstance(found, dict) else None
     if not isinstance(rows, list) or not rows:
         raise ConfigError(f"got {path} without 'rows', expected {expected}")
@@ -66,10 +61,10 @@ def read_bench(path: Path) -> Bench:
         if missing:
             raise ConfigError(f"got {path} with rows[{i}] without {missing[0]!r}, expected the keys {', '.join(KEYS)}")
         for key in ("context", "ms_per_token"):
-            if not is_number(row[key]) or row[key] <= 0:
+            if not is_finite(row[key]) or row[key] <= 0:
                 raise ConfigError(f"got {path} with rows[{i}] {key}={row[key]!r}, expected a number above 0")
         spread = row.get("spread")
-        if spread is not None and not (isinstance(spread, list) and len(spread) == 2 and all(map(is_number, spread))):
+        if spread is not None and not (isinstance(spread, list) and len(spread) == 2 and all(map(is_finite, spread))):
             raise ConfigError(f"got {path} with rows[{i}] spread={spread!r}, expected two numbers")
         made.append(
             Timed(f"{row['shape']}, {row['dtype']}", str(row["variant"]), int(row["context"]), row["ms_per_token"],

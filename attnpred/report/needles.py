@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
+from attnpred.checks import is_finite
 from attnpred.report.heat import grid_chart
 from attnpred.report.places import Column, Place
 from attnpred.report.results import FULL
-from attnpred.report.rows import Row, is_number
+from attnpred.report.rows import Row
 from attnpred.report.svg import Picture
 from attnpred.report.words import counted
 
@@ -24,7 +25,7 @@ def needle_maps(found: Sequence[Place]) -> list[Picture]:
         cells = [(FULL, place.full)] if place.full else []
         cells += [(f"{series} at {column.words}", row) for (series, column), row in _by_policy(place)]
         for label, row in cells:
-            if row.length and any(is_number(item.labels.get("depth")) for item in row.items):
+            if row.length and any(is_finite(item.labels.get("depth")) for item in row.items):
                 groups[place.task, place.model, place.text, place.metric][label].append(row)
     drawn: list[Picture] = []
     for (task, model, text, metric), series in groups.items():
@@ -41,7 +42,7 @@ def _by_policy(place: Place) -> list[tuple[tuple[str, Column], Row]]:
 
 def _depths(rows: Sequence[Row]) -> dict[float, float]:
     """Return the line on which each depth is drawn: itself, or its tenth."""
-    found = {item.labels["depth"] for row in rows for item in row.items if is_number(item.labels.get("depth"))}
+    found = {item.labels["depth"] for row in rows for item in row.items if is_finite(item.labels.get("depth"))}
     return {depth: depth if len(found) <= MOST else int(10 * depth + 1e-9) / 10 for depth in found}
 
 
@@ -49,7 +50,7 @@ def _map(name: str, title: str, metric: str, rows: Sequence[Row], depth: dict[fl
     values: dict[tuple[float, int], list[float]] = defaultdict(list)
     for row in rows:
         for item in row.items:
-            if is_number(item.labels.get("depth")) and row.length:
+            if is_finite(item.labels.get("depth")) and row.length:
                 values[depth[item.labels["depth"]], row.length].append(item.value)
     down = sorted({place for place, _ in values})
     across = sorted({length for _, length in values})

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnpred.checks import is_finite
 from attnpred.errors import ConfigError
+from attnpred.reading import ROWS_BYTES, parse_json, read_text
 
 Raw = dict[str, Any]
 COSTS = ("ms_per_token", "bytes_per_step", "fast_bytes")
@@ -87,7 +89,7 @@ def read_rows(paths: Sequence[Path], say: Callable[[str], None] = print) -> list
     """
     found: dict[str, Row] = {}
     for path in paths:
-        *lines, rest = read_text(path).split("\n")
+        *lines, rest = read_text(path, "a file of rows that `attnpred eval` wrote", ROWS_BYTES).split("\n")
         if _is_json(rest):
             lines.append(rest)
         elif rest.strip():
@@ -102,31 +104,16 @@ def read_rows(paths: Sequence[Path], say: Callable[[str], None] = print) -> list
     return list(found.values())
 
 
-def read_text(path: Path, expected: str = "rows that `attnpred eval` wrote") -> str:
-    """Return the text of a file. Raises `ConfigError`."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"got {path} ({error.strerror}), expected a file of {expected}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"got {path} that is no UTF-8 text, expected {expected}") from None
-
-
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
-    except ValueError:
+        parse_json(line, "", "")
+    except ConfigError:
         return False
     return True
 
 
 def _row(line: str, where: str) -> Row:
-    try:
-        raw = json.loads(line)
-    except ValueError:
-        raise ConfigError(
-            f"got {where} that is not JSON, expected one object: run `attnpred eval` again if it was cut short"
-        ) from None
+    raw = parse_json(line, where, "one object: run `attnpred eval` again if it was cut short")
     if not isinstance(raw, dict):
         raise ConfigError(f"got {where} with {_short(raw)}, expected an object with {_names(NEEDED)}")
     for name, (check, _) in NEEDED.items():
@@ -169,7 +156,7 @@ def _against(found: Mapping[str, Any] | None) -> Against | None:
 def _items(found: Sequence[Any], where: str) -> Iterator[Item]:
     for number, item in enumerate(found):
         labels = item.get("labels") or {} if isinstance(item, dict) else None
-        if not isinstance(labels, dict) or not is_number(item.get("value")):
+        if not isinstance(labels, dict) or not is_finite(item.get("value")):
             raise ConfigError(
                 f"got {where} with items[{number}] = {_short(item)}, expected an object with a number 'value'"
             )
@@ -193,39 +180,34 @@ def _word(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _interval(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] <= value[1]
+    return isinstance(value, list) and len(value) == 2 and all(map(is_finite, value)) and value[0] <= value[1]
 
 
 def _paired(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     both = value.get("difference"), value.get("interval")
-    return both == (None, None) or (is_number(both[0]) and _interval(both[1]))
+    return both == (None, None) or (is_finite(both[0]) and _interval(both[1]))
 
 
 Check = tuple[Callable[[Any], bool], str]
 _A_WORD = (_word, "a text")
-_A_COST = (lambda value: is_number(value) and value >= 0, "a number of at least 0")
+_A_COST = (lambda value: is_finite(value) and value >= 0, "a number of at least 0")
 _AN_INTERVAL = (_interval, "two numbers, the lower one first")
 NEEDED: dict[str, Check] = {
     "model": _A_WORD,
     "policy": _A_WORD,
     "task": _A_WORD,
     "metric": _A_WORD,
-    "value": (is_number, "a finite number (null only where n is 0)"),
+    "value": (is_finite, "a finite number (null only where n is 0)"),
 }
 OPTIONAL: dict[str, Check] = {
-    "budget": (lambda value: is_number(value) and value > 0, "a share up to 1 or a number of tokens"),
+    "budget": (lambda value: is_finite(value) and value > 0, "a share up to 1 or a number of tokens"),
     "length": (lambda value: _count(value) and value > 0, "a whole number of tokens"),
     "n": (_count, "a whole number"),
     "text": _A_WORD,

@@ -1,6 +1,8 @@
 """`attnpred eval`: one JSON line per row with every promised key; lists of words; a mistake is one line."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from attnpred.cli.main import main
 from attnpred.cli.words import floats, words
 from attnpred.errors import ConfigError
+from attnpred.evaluation import rows as rows_file
 
 TINY = ["--policies", "ema:rate=0.1,oracle", "--budgets", "0.4,0.6", "--lengths", "170", "--texts", "table,code"]
 EDGES = ["--documents", "2", "--steps", "6", "--sink-tokens", "16", "--recent-tokens", "16"]
@@ -161,3 +164,30 @@ def test_a_list_of_numbers() -> None:
     assert floats("--budgets", " 0.5, 1e-1 2") == [0.5, 0.1, 2.0]
     with pytest.raises(ConfigError, match="got --budgets '1,x', expected numbers with commas between them"):
         floats("--budgets", "1,x")
+
+
+@pytest.mark.slow
+def test_cells_measured_on_a_full_disk_come_to_stdout(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = rows_file.put
+
+    def full(fd: int, data: bytes) -> None:
+        if data not in (b"", b"\n", rows_file.BEGINNING):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(fd, data)
+
+    monkeypatch.setattr(rows_file, "put", full)
+    given = ["--policies", "ema", "--texts", "table", "--documents", "1"]
+    code, out, err = run(*given)
+    *found, last = out.splitlines()
+    assert (
+        code == 1 and last.endswith("4 rows") and [json.loads(line)["budget"] for line in found] == [0.4, 0.4, 0.6, 0.6]
+    )
+    assert err.count("cannot be written (No space left on device): rows are kept in memory") == 1
+    assert "cannot be written (No space left on device): 4 rows are on stdout instead" in err
+    assert not (tmp_path / "rows.jsonl").exists()
+    monkeypatch.setattr(rows_file, "put", write)
+    (tmp_path / "rows.jsonl").write_text("\n".join(found) + "\n")  # as the user would do
+    code, out, err = run(*given)
+    assert code == 0 and out.splitlines() == [f"{tmp_path / 'rows.jsonl'}: 4 rows"]

@@ -277,7 +277,10 @@ WRONG = [
     ("ruler_file", '{"input": "a", "outputs": ["b"]}\n{"input": "a"}', r"got input in line 2 of .*, expected field 'outputs' with a list"),
     ("ruler_file", '{"input": "a", "outputs": []}', r"got outputs=\[\] in line 1 of .*, expected field 'outputs' with a list of texts"),
     ("ruler_file", '{"input": 3, "outputs": ["b"]}', r"got input=3 in line 1 of .*, expected field 'input' with a text"),
-    ("ruler_file", '\n\n{"input": ', r"got '{\"input\":' in line 3 of .*, expected one JSON object per line: "),
+    ("ruler_file", '\n\n{"input": ', r"got line 3 of .* that is not JSON, expected one JSON object per line"),
+    ("ruler_file", '{"input": "a", "outputs": ["b"]}\n{"input": "a\\ud800"}', r"got line 2 of .* that is not JSON, .*half of a letter, .ud800, in a text"),
+    ("ruler_file", '{"input": "a", "outputs": [1' + 400 * "0" + "]}", r"got line 1 of .* is no finite number"),
+    ("gsm8k", "[" * 9999, r"got line 1 of .* with more than 64 levels of JSON"),
     ("ruler_file", "[1, 2]", r"got '\[1, 2\]' in line 1 of .*, expected a JSON object"),
     ("ruler_file", "\n", r"got .* without a line, expected one JSON object per line"),
     ("longbench", '{"dataset": "hotpot", "context": "", "input": "", "answers": ["a"]}', r"got dataset 'hotpot' in line 1 of .*, expected field 'dataset' with one of narrativeqa, "),
@@ -300,10 +303,19 @@ def test_a_wrong_file_is_named_with_its_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_lines_end_at_newlines_alone_in_any_encoding(encoding: str, tokenizer: Any, tmp_path: Path) -> None:
+    text = "été\x85été" if encoding == "latin-1" else "été\u2028été\x0b"
+    line = json.dumps({"input": text, "outputs": ["b"]}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_bytes(f"{line}\n{line}\n".encode(encoding))
+    made = TASKS["ruler_file"]().examples(tokenizer, Wanted(500, 9, file=tmp_path / "rows.jsonl"))
+    assert [tokenizer.decode(example.tokens) for example in made] == [text, text]
+
+
 def test_other_files_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name in ("gsm8k", "wikitext"):
-        with pytest.raises(ConfigError, match="expected a text file in UTF-8"):
+        with pytest.raises(ConfigError, match="which is no UTF-16 from byte 0 on, expected a text file"):
             TASKS[name]().examples(tokenizer, Wanted(500, 9, file=tmp_path / "binary"))
         with pytest.raises(ConfigError, match=f"got task '{name}' with file .*none, expected a file that exists"):
             TASKS[name]().examples(tokenizer, Wanted(500, 9, file=tmp_path / "none"))

@@ -1,6 +1,7 @@
 """The grid: which cells there are, one row each with everything that made it, and a kill that loses at most one."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,11 +15,12 @@ import pytest
 from attnpred.cli.main import main
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
-from attnpred.evaluation.grid import Grid, attempt, left_over
+from attnpred.evaluation.grid import Grid, attempt, left_over, run_cells
 from attnpred.evaluation.plan import Plan, parse_task, parse_tasks
 from attnpred.evaluation.rows import RowsFile, load_rows
 from attnpred.evaluation.suites import SUITES
 from attnpred.evaluation.tasks import TASKS
+from attnpred.evaluation.tasks.base import Item, Measured
 from attnpred.evaluation.variants import parse_variant
 from attnpred.hf import load_model
 from attnpred.policies import POLICIES
@@ -87,10 +89,12 @@ def test_a_wrong_task_is_told(word: str) -> None:
 def test_rows_say_what_made_them_and_compare_item_by_item(demo: tuple[Any, Any], text: str, tmp_path: Path) -> None:
     file = RowsFile(tmp_path / "rows.jsonl")
     made = plan(text, "facts4,perplexity,agreement", recovery=True, budgets=(0.4,))
-    grid = Grid(made, file, *demo)
+    grid = Grid(made, *demo)
     grid.check_documents()
-    for cell in made.cells():
-        grid.run(cell)
+    failed = []
+    with file.claimed():
+        run_cells(grid, file, made.cells(), lambda cell, why: failed.append(why))
+    assert failed == [None] * 6
     rows = load_rows(file.path)
     assert len(rows) == 6 and left_over(made, rows) == []
     for full, row in zip(rows[::2], rows[1::2], strict=True):
@@ -118,13 +122,29 @@ def test_rows_say_what_made_them_and_compare_item_by_item(demo: tuple[Any, Any],
 def test_a_cell_is_compared_with_the_full_row_of_an_earlier_run(
     demo: tuple[Any, Any], text: str, tmp_path: Path
 ) -> None:
-    file, made = RowsFile(tmp_path / "rows.jsonl"), plan(text, "facts4")
+    path, made, told = tmp_path / "rows.jsonl", plan(text, "facts4"), []
     full, sparse, *_ = made.cells()
-    [alone] = Grid(made, file, *demo).rows(sparse)
+    [alone] = Grid(made, *demo).rows(sparse)
     assert alone["against_full"] is None
-    Grid(made, file, *demo).run(full)
-    [row] = Grid(made, file, *demo).rows(sparse)
-    assert row["against_full"]["n"] == row["n"] and row["items"] == alone["items"]
+    for cell in (full, sparse):
+        with RowsFile(path).claimed() as file:
+            run_cells(Grid(made, *demo), file, [cell], lambda cell, why: told.append(why))
+    row = load_rows(path)[1]
+    assert told == [None, None] and row["against_full"]["n"] == row["n"] and row["items"] == alone["items"]
+
+
+def test_a_value_that_is_no_number_is_told_and_no_row(demo: tuple[Any, Any], text: str) -> None:
+    made = plan(text, "facts4")
+    grid = Grid(made, *demo)
+    nothing = Measured([Item("0", math.inf)])
+    [cell, *_] = made.cells()
+    grid.examples(cell)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(cell.task.make()), "measure", lambda *given: [nothing])
+        rows, why = attempt(grid, cell)
+    assert (
+        rows == [] and why is not None and why.startswith("got accuracy inf from task 'facts4', expected a finite one")
+    )
 
 
 COMMAND = "import sys; from attnpred.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
@@ -189,8 +209,8 @@ def test_processes_on_several_devices_write_the_same_rows(text: str, tmp_path: P
 
 def test_a_bug_in_one_cell_is_shown_and_costs_no_other(capsys: pytest.CaptureFixture[str]) -> None:
     class Broken:
-        def run(self, cell: object) -> None:
+        def rows(self, cell: object, full: object) -> None:
             raise ZeroDivisionError("of a policy")
 
-    assert attempt(Broken(), None) == "ZeroDivisionError, a bug: see above"  # type: ignore[arg-type]
+    assert attempt(Broken(), None) == ([], "ZeroDivisionError, a bug: see above")  # type: ignore[arg-type]
     assert "ZeroDivisionError: of a policy" in capsys.readouterr().err

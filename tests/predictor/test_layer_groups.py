@@ -108,7 +108,7 @@ def test_a_wrong_file_is_refused(some: LayerGroups, tmp_path: Path, change: dict
 def test_no_file_and_no_json_are_refused(tmp_path: Path) -> None:
     (tmp_path / "g.json").write_text("{")
     for name in ("g.json", "none.json"):
-        with pytest.raises(ConfigError, match=r"got .*json, expected a file of `attnpred analyse-layers`"):
+        with pytest.raises(ConfigError, match=r"got .*json.*, expected a file of `attnpred analyse-layers`"):
             LayerGroups.load(tmp_path / name)
 
 

@@ -39,7 +39,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "no policy": ({k: v for k, v in raw().items() if k != "policy"}, "line 2 without 'policy', expected the keys model, policy"),
     "no budget": (raw(budget=None), "line 2 without 'budget', expected one for policy 'ema' (only full has none)"),
     "value a word": (raw(value="0.5"), 'line 2 with value="0.5", expected a finite number'),
-    "value NaN": (raw(value=float("nan")), "line 2 with value=NaN, expected a finite number"),
+    "value NaN": (raw(value=float("nan")), "line 2 that is not JSON, expected one object: run `attnpred eval` again if it was cut short (NaN is no finite"),
     "value null": (raw(value=None, n=3), "line 2 with value=null, expected a finite number"),
     "policy empty": (raw(policy=" "), 'line 2 with policy=" ", expected a text'),
     "budget 0": (raw(budget=0), "line 2 with budget=0, expected a share up to 1 or a number of tokens"),
@@ -49,6 +49,9 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "negative time": (raw(ms_per_token=-1), "line 2 with ms_per_token=-1, expected a number of at least 0"),
     "an item without value": (raw(items=[{"name": "a"}]), "line 2 with items[0] = {\"name\": \"a\"}, expected an object with a"),
     "a list": ([1], "line 2 with [1], expected an object"),
+    "400 digits": ('{"value": 1' + 400 * "0" + "}", "is no finite number of at most 64 bits"),
+    "half a letter": (r'{"model": "\ud800"}', "half of a letter, \\ud800, in a text"),
+    "nested": ("[" * 9999, "line 2 with more than 64 levels of JSON"),
     "torn": ('{"model": "m"', "line 2 that is not JSON, expected one object"),
 }  # fmt: skip
 
@@ -66,8 +69,8 @@ def test_files_that_hold_no_rows(tmp_path: Path) -> None:
         read(tmp_path, "")
     with pytest.raises(ConfigError, match="No such file"):
         read_rows([tmp_path / "none.jsonl"])
-    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="no UTF-8"):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="no UTF-16"):
         read_rows([tmp_path / "bytes"])
 
 
@@ -76,6 +79,15 @@ def test_a_torn_tail_is_left_out_and_told(tmp_path: Path) -> None:
     path = write(tmp_path / "a", raw(), raw(value=1), '{"model": "m", "pol', end="")
     assert len(read_rows([path], said.append)) == 2 and said == [f"{path} line 3 has no end and is left out"]
     assert len(read_rows([write(tmp_path / "b", raw(), raw(value=1), end="")], said.append)) == 2 and len(said) == 1
+
+
+def test_lines_end_at_newlines_alone_and_a_mark_is_no_part_of_them(tmp_path: Path) -> None:
+    text = json.dumps(raw(model="one\u2028two\x85three"), ensure_ascii=False) + "\n"
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "b").write_bytes(text.encode("utf-16"))
+    for name in "ab":
+        (row,) = read_rows([tmp_path / name])
+        assert row.model == "one\u2028two\x85three"
 
 
 def test_a_line_given_twice_counts_once(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from attnpred.errors import ConfigError
 from attnpred.evaluation.book import demo_book
 from attnpred.evaluation.tasks.base import Wanted
+from attnpred.reading import read_text
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -26,14 +27,6 @@ def opening(tokenizer: Any) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def read_text(file: str) -> str:
-    """Return the text of a file. Raises `ConfigError`."""
-    try:
-        return Path(file).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigError(f"got text {file!r}, expected a file that can be read: {error.strerror}") from None
-
-
 @dataclass(frozen=True, slots=True)
 class Haystack:
     """tokens: the whole text; stops: ids of tokens with which a sentence ends."""
@@ -44,7 +37,9 @@ class Haystack:
     @classmethod
     def of(cls, tokenizer: Any, wanted: Wanted) -> "Haystack":
         """Return the text that `wanted` names. Raises `ConfigError`."""
-        return cls.from_text(tokenizer, "\n\n".join(map(read_text, wanted.texts)) if wanted.texts else demo_book())
+        return cls.from_text(
+            tokenizer, "\n\n".join(map(read_text, map(Path, wanted.texts))) if wanted.texts else demo_book()
+        )
 
     @classmethod
     def from_text(cls, tokenizer: Any, text: str) -> "Haystack":

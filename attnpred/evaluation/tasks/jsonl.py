@@ -6,12 +6,12 @@ A name that begins with `hf:` is fetched from the Hub instead (`attnpred.evaluat
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from attnpred.errors import ConfigError
 from attnpred.evaluation.tasks.base import Example, Wanted, require_file
 from attnpred.evaluation.tasks.hub import hub_rows, is_hub_name
+from attnpred.reading import parse_json, read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +53,16 @@ def read_rows(wanted: Wanted, task: str) -> list[Row]:
         name = str(wanted.file)
         return [Row(f"row {i} of {name}", values) for i, values in enumerate(hub_rows(name), 1)]
     path = require_file(wanted, task)
-    rows = [_parse(line, f"line {i} of {path}") for i, line in enumerate(lines_of(path), 1) if line.strip()]
+    rows = [
+        _parse(line, f"line {i} of {path}") for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()
+    ]
     if not rows:
         raise ConfigError(f"got {path} without a line, expected one JSON object per line")
     return rows
 
 
-def lines_of(path: Path) -> list[str]:
-    """Return the lines of a text file. Raises `ConfigError`."""
-    try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"got {path}, expected a text file in UTF-8: {error}") from None
-
-
 def _parse(line: str, place: str) -> Row:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"got {line.strip()[:40]!r} in {place}, expected one JSON object per line: {error}") from None
+    values = parse_json(line, place, "one JSON object per line")
     if not isinstance(values, dict):
         raise ConfigError(f"got {line.strip()[:40]!r} in {place}, expected a JSON object")
     return Row(place, values)

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
@@ -16,7 +17,8 @@ import torch
 from attnpred.errors import ConfigError
 from attnpred.evaluation.book import demo_book
 from attnpred.evaluation.tasks.base import Example, Item, Question, Session, Task, Wanted
-from attnpred.evaluation.tasks.haystack import encode, opening, read_text
+from attnpred.evaluation.tasks.haystack import encode, opening
+from attnpred.reading import read_text
 
 QUARTERS = 4
 
@@ -31,7 +33,7 @@ class Perplexity(Task):
     reads_texts: ClassVar[bool] = True
 
     def examples(self, tokenizer: Any, wanted: Wanted) -> list[Example]:
-        texts = {name: encode(tokenizer, read_text(name)) for name in wanted.texts}
+        texts = {name: encode(tokenizer, read_text(Path(name))) for name in wanted.texts}
         texts = texts or {"book": encode(tokenizer, demo_book())}
         begin = opening(tokenizer)
         size = wanted.length - len(begin) + wanted.steps + 1

@@ -20,6 +20,7 @@ from attnpred.evaluation import recovery
 from attnpred.evaluation.book import demo_book
 from attnpred.evaluation.tasks.base import Example, Item, Measured, Question, Session, Task, Wanted
 from attnpred.evaluation.texts import book_with_facts, number_table, program_text
+from attnpred.reading import read_text
 
 KINDS = ("facts", "book", "code", "table")
 HISTORY = CacheConfig().history
@@ -110,7 +111,4 @@ def text_tokens(tokenizer: Any, kind: str, length: int, place: float, rng: rando
 
 
 def _read(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        raise ConfigError(f"got text {file!r}, expected a file or one of {', '.join(KINDS)}") from None
+    return read_text(Path(file), f"a text file or one of {', '.join(KINDS)}")

@@ -4,15 +4,13 @@ A line has `question` (or `input`), `answers` (or `outputs`: texts, any of which
 that holds the answer.
 """
 
-import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, final
 
-from attnpred.errors import ConfigError
-from attnpred.evaluation.tasks.base import Example, Question, Task, Wanted, require_file
+from attnpred.evaluation.tasks.base import Example, Question, Task, Wanted
 from attnpred.evaluation.tasks.haystack import encode, opening, room_for
+from attnpred.evaluation.tasks.jsonl import Row, read_rows
 from attnpred.evaluation.tasks.ruler_parts import any_found
 
 ORDER = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
@@ -27,7 +25,7 @@ class QuestionAnswering(Task):
     needs_file: ClassVar[bool] = True
 
     def examples(self, tokenizer: Any, wanted: Wanted) -> list[Example]:
-        lines = read_lines(require_file(wanted, "qa"))
+        lines = [_said(row) for row in read_rows(wanted, "qa")]
         return [self._example(tokenizer, lines, wanted, i) for i in range(min(wanted.count, len(lines)))]
 
     def _example(self, tokenizer: Any, lines: list[dict[str, Any]], wanted: Wanted, i: int) -> Example:
@@ -57,29 +55,12 @@ class QuestionAnswering(Task):
         return any_found(answer, question)
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the lines as {question, answers, context}. Raises `ConfigError` with the place in the file."""
-    found = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict):
-            raise ConfigError(f"got {file}, line {number}, which is no JSON object: one question per line")
-        said = {
-            "question": line.get("question", line.get("input")),
-            "answers": line.get("answers", line.get("outputs")),
-            "context": line.get("context"),
-        }
-        for name, value in said.items():
-            is_right = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
-            if not (is_right if name == "answers" else isinstance(value, str)):
-                expected = "a list of texts" if name == "answers" else "a text"
-                raise ConfigError(f"got {file}, line {number}, without {name!r}, expected {expected} there")
-        found.append(said)
-    if not found:
-        raise ConfigError(f"got {file} without a line, expected one question per line")
-    return found
+def _said(row: Row) -> dict[str, Any]:
+    """Return question, answers and context of a line, by either of their names. Raises `ConfigError` with its place."""
+    other = {"question": "input", "answers": "outputs"}
+    names = {name: also if name not in row.values and also in row.values else name for name, also in other.items()}
+    return {
+        "question": row.text(names["question"]),
+        "answers": row.texts(names["answers"]),
+        "context": row.text("context"),
+    }

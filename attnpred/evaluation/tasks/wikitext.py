@@ -17,7 +17,8 @@ from attnpred.errors import ConfigError
 from attnpred.evaluation.tasks.base import Example, Item, Measured, Question, Session, Task, Wanted, require_file
 from attnpred.evaluation.tasks.haystack import encode, opening
 from attnpred.evaluation.tasks.hub import is_hub_name
-from attnpred.evaluation.tasks.jsonl import lines_of, read_rows
+from attnpred.evaluation.tasks.jsonl import read_rows
+from attnpred.reading import read_text
 
 
 @final
@@ -68,4 +69,4 @@ class WikiText(Task):
 def _text(wanted: Wanted) -> str:
     if wanted.file is not None and is_hub_name(str(wanted.file)):
         return "".join(row.text("text") for row in read_rows(wanted, "wikitext"))  # its rows keep their line ends
-    return "\n".join(lines_of(require_file(wanted, "wikitext")))
+    return read_text(require_file(wanted, "wikitext"))

@@ -9,14 +9,18 @@ tokens, 64 history rows, the first two layers dense, a budget of 1024 tokens. Ho
 left to the policy: the published one takes a dense row every fifth step, digests need none (docs/predictor.md).
 """
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from attnpred import checks
 from attnpred.errors import ConfigError
 
 OFFLOADS = (None, "cpu", "disk")
 OFFLOAD_DTYPES = (None, "int8", "fp8")
+MOST_WEIGHT = 1_000_000
+"""Of a layer's or a head's budget."""
+LONGEST_WAIT = 1_000_000
+"""Seconds for a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +169,13 @@ class CacheConfig:
             ("own_sinks", 0),
             ("own_recent", 1),
         ):
-            value = getattr(self, name)
-            if name == "calibration_interval" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"got {name}={value!r}, expected a whole number of at least {least}")
+            if name != "calibration_interval" or self.calibration_interval is not None:
+                checks.whole(name, getattr(self, name), least, checks.TOKENS)
+        for one in fields(self):
+            if one.type is bool:
+                value = getattr(self, one.name)
+                if type(value) is not bool:
+                    raise ConfigError(f"got {one.name}={checks.shown(value)}, expected True or False")
         for name in ("num_sink_tokens", "recent_window"):
             if getattr(self, name) % self.block_size:
                 raise ConfigError(
@@ -178,10 +184,10 @@ class CacheConfig:
         self._check_budget()
         self._check_dense_layers()
         late, stays = self.late_share, self.hysteresis
-        if late is not None and (isinstance(late, bool) or not isinstance(late, int | float) or not 0 <= late <= 1):
-            raise ConfigError(f"got late_share={late!r}, expected a share from 0 to 1, or None")
-        if isinstance(stays, bool) or not isinstance(stays, int | float) or not 0 <= stays < math.inf:
-            raise ConfigError(f"got hysteresis={stays!r}, expected a number of at least 0")
+        if late is not None and (not checks.is_finite(late) or not 0 <= late <= 1):
+            raise ConfigError(f"got late_share={checks.shown(late)}, expected a share from 0 to 1, or None")
+        if not checks.is_finite(stays) or stays < 0:
+            raise ConfigError(f"got hysteresis={checks.shown(stays)}, expected a number of at least 0")
 
         self._check_offload()
         self._check_sharing()
@@ -195,8 +201,10 @@ class CacheConfig:
             if value is None or (value == "adaptive" and name == "head_budgets"):
                 continue
             numbers = value if isinstance(value, tuple) else ()
-            if not numbers or not all(type(x) in (int, float) and 0 < x < math.inf for x in numbers):
-                raise ConfigError(f"got {name}={value!r}, expected numbers above 0, one for each")
+            if not numbers or not all(checks.is_finite(x) and 0 < x <= MOST_WEIGHT for x in numbers):
+                raise ConfigError(
+                    f"got {name}={checks.shown(value)}, expected numbers above 0 and up to {MOST_WEIGHT:,}, one for each"
+                )
         if self.head_budgets is not None and (self.offload is not None or self.hysteresis):
             other = f"offload={self.offload!r}" if self.offload is not None else f"hysteresis={self.hysteresis}"
             raise ConfigError(f"got head_budgets with {other}, expected one of the two")
@@ -219,8 +227,8 @@ class CacheConfig:
 
     def _check_sharing(self) -> None:
         gate = self.distant_gate
-        if gate is not None and (isinstance(gate, bool) or not isinstance(gate, int | float) or not 0 < gate <= 1):
-            raise ConfigError(f"got distant_gate={gate!r}, expected a share above 0 and up to 1, or None")
+        if gate is not None and (not checks.is_finite(gate) or not 0 < gate <= 1):
+            raise ConfigError(f"got distant_gate={checks.shown(gate)}, expected a share above 0 and up to 1, or None")
         if gate is not None and self.layer_groups is None:
             raise ConfigError(f"got distant_gate={gate!r} without layer_groups, expected a file of analyse-layers")
         if self.layer_groups is not None and self.offload is not None:
@@ -229,9 +237,9 @@ class CacheConfig:
     def _check_dense_layers(self) -> None:
         layers = self.dense_layers
         given = layers if isinstance(layers, tuple | list) else (layers,)
-        if any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in given):
+        if any(type(x) is not int or not 0 <= x <= checks.WHOLE for x in given):
             raise ConfigError(
-                f"got dense_layers={layers!r}, expected a whole number of at least 0, or numbers of layers"
+                f"got dense_layers={checks.shown(layers)}, expected a whole number of at least 0, or numbers of layers"
             )
         if isinstance(layers, list):  # as JSON gives it back
             object.__setattr__(self, "dense_layers", tuple(layers))
@@ -252,17 +260,19 @@ class CacheConfig:
                 )
         for name in ("fast_limit", "host_limit", "disk_limit"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise ConfigError(f"got {name}={value!r}, expected a number of bytes, or None for no limit")
+            if value is not None and (type(value) is not int or not 0 <= value <= checks.BYTES):
+                raise ConfigError(f"got {name}={checks.shown(value)}, expected a number of bytes, or None for no limit")
         seconds = self.fetch_timeout
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-            raise ConfigError(f"got fetch_timeout={seconds!r}, expected seconds above 0")
+        if not checks.is_finite(seconds) or not 0 < seconds <= LONGEST_WAIT:
+            raise ConfigError(
+                f"got fetch_timeout={checks.shown(seconds)}, expected seconds above 0 and up to {LONGEST_WAIT:,}"
+            )
 
     def _check_budget(self) -> None:
         budget = self.budget
-        if isinstance(budget, bool) or not isinstance(budget, int | float) or math.isnan(budget) or budget <= 0:
+        if type(budget) not in (int, float) or not 0 < budget <= checks.WHOLE:  # false for NaN too
             raise ConfigError(
-                f"got budget={budget!r}, expected a number of tokens, or a share of the context above 0 and up to 1"
+                f"got budget={checks.shown(budget)}, expected a number of tokens, or a share of the context above 0 and up to 1"
             )
         if isinstance(budget, float) and budget > 1:
             raise ConfigError(

@@ -65,6 +65,30 @@ def replacing(path: Path, mode: int = SHARED) -> Iterator[int]:
         raise _failure(path, error) from error
 
 
+def try_out(path: Path) -> None:
+    """Raise `OutputError` unless a file can be written to `path` now, or could be once its folder is made.
+
+    To be asked before work that would be lost. An empty file is made and removed again.
+    """
+    found = target(path)
+    while not found.parent.exists() and found.parent != found:
+        found = found.parent
+    try:
+        temporary, fd = _make(found, PRIVATE)
+        temporary.unlink()
+        os.close(fd)
+    except OSError as error:
+        raise _failure(path, error) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its missing parents, if it is not there. Raises `OutputError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _failure(path, error) from error
+
+
 def put(fd: int, data: memoryview | bytes) -> None:
     """Write all of `data`. Raises `OSError`."""
     left = memoryview(data)

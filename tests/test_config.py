@@ -18,7 +18,14 @@ from attnpred.policies.predicted import Predicted
         ({"budget": -4}, "got budget=-4, expected a number of tokens"),
         ({"budget": 0.0}, "got budget=0.0"),
         ({"budget": math.nan}, "got budget=nan"),
-        ({"budget": math.inf}, "expected a share of at most 1.0"),
+        ({"budget": math.inf}, "got budget=inf, expected a number of tokens"),
+        ({"budget": 10**400}, "got budget=a number of about 400 digits, expected a number of tokens"),
+        ({"num_sink_tokens": 10**12}, "got num_sink_tokens=1000000000000, expected a whole number of at most 16777216"),
+        ({"dense_layers": 10**12}, "got dense_layers=1000000000000, expected a whole number"),
+        ({"layer_budgets": (1e300,)}, r"got layer_budgets=\(1e\+300,\), expected numbers above 0 and up to 1,000,000"),
+        ({"strict": "yes"}, "got strict='yes', expected True or False"),
+        ({"hysteresis": 10**400}, "got hysteresis=a number of about 400 digits, expected a number of at least 0"),
+        ({"fast_limit": 1 << 63}, "got fast_limit=9223372036854775808, expected a number of bytes"),
         ({"budget": 1.5}, "got budget=1.5, expected a share of at most 1.0, or whole tokens: write 2 for tokens"),
         ({"budget": True}, "got budget=True"),
         ({"budget": "big"}, "got budget='big'"),
@@ -49,7 +56,7 @@ from attnpred.policies.predicted import Predicted
         ),
         ({"fast_limit": -1}, "got fast_limit=-1, expected a number of bytes"),
         *(
-            ({"fetch_timeout": value}, f"got fetch_timeout={value!r}, expected seconds above 0$")
+            ({"fetch_timeout": value}, f"got fetch_timeout={value!r}, expected seconds above 0 and up to 1,000,000$")
             for value in (0, -1.0, math.inf, math.nan, True, "60", None)
         ),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from attnpred.errors import OutputError
-from attnpred.files import PRIVATE, put, replacing, target, write_bytes, write_text
+from attnpred.files import PRIVATE, make_folder, put, replacing, target, try_out, write_bytes, write_text
 
 
 def names(folder: Path) -> set[str]:
@@ -115,3 +115,28 @@ def test_what_looks_like_a_left_over_and_is_no_file_stays(tmp_path: Path) -> Non
 def test_a_target_names_the_file_that_would_be_written(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("new")
     assert target(tmp_path / "link") == target(tmp_path / "new") == (tmp_path / "new").resolve()
+
+
+def test_a_file_can_be_tried_out_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    for name in ("file", "new", "a/folder/that/is/not/there"):
+        try_out(tmp_path / name)
+    assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "old"
+    for name, why in {
+        "file/below": "Not a directory",
+        ".": "which is a folder",
+        "file/below/it": "Not a directory",
+    }.items():
+        with pytest.raises(OutputError, match=why):
+            try_out(tmp_path / name)
+    with pytest.raises(OutputError, match=r"got .*, expected to write a file there"):
+        try_out(Path("/proc/nothing/here"))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "b"):
+        with pytest.raises(OutputError, match=f"for {path}, expected to write a file there"):
+            make_folder(path)

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from attnpred import checks
+from attnpred.cli.words import text_files
+
 
 def analyse_layers(
     model: Annotated[
@@ -26,17 +29,19 @@ def analyse_layers(
 
     from attnpred.errors import ConfigError
     from attnpred.evaluation.layer_analysis import analyse_layers as run
+    from attnpred.files import try_out
     from attnpred.hf import load_model
     from attnpred.report.layers_figure import check_name, draw
 
-    files = [file for path in text for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing or not files:
-        raise ConfigError(f"got {missing[0] if missing else text[0]}, expected a text file or a folder of .txt files")
-    if out.is_dir():
-        raise ConfigError(f"got {out}, a folder, expected the name of a file")
+    files = text_files(text)
+    for option, value in (("tokens", tokens), ("rows", rows), ("per_file", per_file)):
+        checks.whole(option, value, 1, checks.TOKENS)
+    if not 0 <= delta <= 1:
+        raise ConfigError(f"got delta={delta!r}, expected a similarity from 0 to 1")
+    try_out(out)
     if figure is not None:
         check_name(figure)
+        try_out(figure)
     lm, tokenizer = load_model(model)
     name = "attnpred demo LM" if model == "demo" else model
     found = run(lm, tokenizer, files, base_model=name, delta=delta, tokens=tokens, rows=rows, per_file=per_file)

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from attnpred import checks
+from attnpred.cli.words import text_files
+
 
 def capture(
     model: Annotated[
@@ -25,14 +28,17 @@ def capture(
 
     from attnpred.capture import capture as run
     from attnpred.errors import ConfigError
+    from attnpred.files import try_out
     from attnpred.hf import load_model
 
-    files = [file for path in text for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing or not files:
-        raise ConfigError(f"got {missing[0] if missing else text[0]}, expected a text file or a folder of .txt files")
+    files = text_files(text)
+    for option, value in (("tokens", tokens), ("rows", rows), ("block_size", block_size)):
+        checks.whole(option, value, 1, checks.TOKENS)
+    if per_file is not None:
+        checks.whole("per_file", per_file, 1)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"got {out}, expected a folder, or a new name for one")
+    try_out(out / "traces.json")
     lm, tokenizer = load_model(model)
     name = "attnpred demo LM" if model == "demo" else model
     count = run(

@@ -3,13 +3,16 @@
 To add a command: one file here with a function, and one line in `COMMANDS`. `attnpred --help` imports every command
 file, so a command imports torch and whatever needs torch inside its function (a test holds that).
 
-Exit codes: 0 done; 2 a user's mistake, told in one line on stderr; 130 interrupted; 1, quietly, when nobody reads the
-output any more (typer's own choice). Anything else is a bug, and its traceback is shown.
+Exit codes: 0 done; 2 a user's mistake, or the machine's refusal (no room, no permission), told in one line on stderr; 130
+interrupted; 1, quietly, when nobody reads the output any more (typer's own choice). Anything else is a bug, and its
+traceback is shown.
 """
 
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +28,7 @@ from attnpred.cli.lm_eval import lm_eval
 from attnpred.cli.models import models
 from attnpred.cli.report import report
 from attnpred.cli.train import train
-from attnpred.errors import AttnpredError
+from attnpred.errors import AttnpredError, OutputError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -81,17 +84,35 @@ def build() -> typer.Typer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if sys.stderr is None:  # closed: notes would go to stdout instead
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (for the rest of the process)
     try:
+        if sys.stdout is None:  # a file that is opened now would take its number
+            raise OutputError("got a closed stdout, expected an open one: send it to a file or to /dev/null")
         code = _run(arguments)
-        sys.stdout.flush()  # here rather than at exit, where a closed pipe could not be caught
+        sys.stdout.flush()  # here rather than at exit, where what goes wrong could not be caught
     except AttnpredError as error:
         return _complain(error)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
+        _drop_output()
         return PIPE_CLOSED
+    except OSError as error:  # of the machine, not of the program: no such file, no room, no permission
+        _drop_output()
+        place = error.filename or "what was to be printed"
+        return _complain(
+            f"got {error.strerror or error} for {place}, expected room and permission: mend that, and run again"
+        )
+    except UnicodeEncodeError as error:
+        return _complain(f"got text that cannot be printed as {error.encoding}, expected UTF-8: set PYTHONUTF8=1")
     return code
+
+
+def _drop_output() -> None:
+    """Send what is left to flush nowhere: it would fail again at exit."""
+    with suppress(OSError):  # no descriptor: it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:

@@ -20,7 +20,8 @@ def report(
 
     from attnpred import __version__
     from attnpred.errors import ConfigError
-    from attnpred.files import write_text
+    from attnpred.files import make_folder, try_out, write_text
+    from attnpred.reading import same_file
     from attnpred.report.attention import load_attention
     from attnpred.report.latency import read_bench
     from attnpred.report.page import build
@@ -32,8 +33,11 @@ def report(
     if figures is not None and figures.exists() and not figures.is_dir():
         raise ConfigError(f"got {figures}, expected a folder")
     sources = [*rows, *filter(None, (bench, attention))]
-    if any(out.resolve() == path.resolve() for path in sources):
+    if any(same_file(out, path) for path in sources):
         raise ConfigError(f"got --out {out}, which is also read, expected another file")
+    try_out(out)
+    if figures is not None:
+        try_out(figures / "x.svg")
     found = read_rows(rows, lambda line: print(line, file=sys.stderr))
     made = build(
         found,
@@ -43,7 +47,7 @@ def report(
     )
     write_text(out, made.html)
     if figures is not None:
-        figures.mkdir(parents=True, exist_ok=True)
+        make_folder(figures)
         for picture in made.pictures:
             write_text(figures / f"{picture.name}.svg", standalone(picture))
     if as_json:

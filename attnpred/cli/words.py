@@ -1,7 +1,9 @@
-"""Lists on the command line."""
+"""Lists on the command line, and the text files it names."""
 
 import math
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from attnpred.errors import ConfigError
 
@@ -39,3 +41,12 @@ def layers(text: str) -> int | tuple[int, ...]:
             f"got dense_layers={text!r}, expected a whole number of at least 0, or numbers of layers: 0,1,13"
         )
     return found if "," in text else found[0]
+
+
+def text_files(given: Sequence[Path]) -> list[Path]:
+    """Return the files that `given` names: text files, and folders of .txt files. Raises `ConfigError`."""
+    files = [file for path in given for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        raise ConfigError(f"got {[*missing, *given][0]}, expected a text file or a folder of .txt files")
+    return files

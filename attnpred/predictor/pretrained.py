@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from attnpred.errors import PredictorError
-from attnpred.files import write_bytes, write_text
+from attnpred.files import make_folder, write_bytes, write_text
 from attnpred.predictor.card import model_card
 from attnpred.predictor.cnn import PaperCNN
 from attnpred.predictor.predictor_config import CARD, CONFIG, HUB_ID, NETWORKS, WEIGHTS, PredictorConfig
@@ -87,7 +87,7 @@ class Predictor(nn.Module):
         Raises `OutputError`.
         """
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         tensors = self.network.state_dict().items()
         write_bytes(folder / WEIGHTS, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors}))
         write_text(folder / CONFIG, self.config.to_json())

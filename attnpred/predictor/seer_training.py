@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attnpred import checks
 from attnpred.errors import ConfigError, TraceError
-from attnpred.files import write_text
+from attnpred.files import make_folder, write_text
 from attnpred.predictor.block_truth import block_truth
 from attnpred.predictor.card import model_card
 from attnpred.predictor.digest_training import Edges
@@ -51,8 +52,8 @@ class SeerConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("rank", 1), ("queries", 1), ("sink_blocks", 0), ("recent_blocks", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"got {name}={getattr(self, name)!r}, expected a whole number of at least {least}")
+            checks.whole(name, getattr(self, name), least)
+        checks.seed(self.seed)
         if not 0 < self.lr < 1:
             raise ConfigError(f"got lr={self.lr!r}, expected a learning rate between 0 and 1")
         if not all(0 < budget <= 1 for budget in self.budgets):
@@ -78,7 +79,7 @@ def train_seer(
     meta = reader.meta
     edges = Edges(meta.block_size, config.sink_blocks, config.recent_blocks, meta.scale)
     training, held_out = split(_usable(reader, edges), config.validation, config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     gates: list[GateMap] = []
     log: list[list[float]] = []
     shares: list[Tensor] = []

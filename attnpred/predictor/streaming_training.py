@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attnpred import checks
 from attnpred.errors import ConfigError, TraceError
-from attnpred.files import write_text
+from attnpred.files import make_folder, write_text
 from attnpred.predictor.block_truth import BlockTruth, block_truth
 from attnpred.predictor.card import model_card
 from attnpred.predictor.digest import DigestMap
@@ -68,9 +69,10 @@ class StreamingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("rank", 2), ("documents", 1), ("rounds", 1), ("history", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"got {name}={getattr(self, name)!r}, expected a whole number of at least {least}")
+        least = {"rank": 2, "sink_blocks": 0, "recent_blocks": 0}
+        for name in ("steps", "rank", "documents", "rounds", "history", "sink_blocks", "recent_blocks"):
+            checks.whole(name, getattr(self, name), least.get(name, 1))
+        checks.seed(self.seed)
         if self.rank % 2:
             raise ConfigError(f"got rank={self.rank}, expected an even number: two codes share a byte")
         if not all(0 < budget <= 1 for budget in self.budgets):
@@ -97,7 +99,7 @@ def train_streaming(
     meta = reader.meta
     edges = Edges(meta.block_size, config.sink_blocks, config.recent_blocks, meta.scale)
     training, held_out = split(_usable(reader, config, edges), config.validation, config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     maps: list[DigestMap | None] = [None] * meta.layers
     if not config.shared:
         maps = [*_digest_maps(reader, training, held_out, edges, config, progress)]

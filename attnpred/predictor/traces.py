@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from attnpred.errors import TraceError
-from attnpred.files import write_bytes, write_text
+from attnpred.files import make_folder, write_bytes, write_text
 from attnpred.predictor.trace_format import META, TraceMeta, file_name, opened, read_meta
 from attnpred.shapes import num_blocks
 
@@ -62,7 +62,7 @@ class TraceWriter:
 
     def __init__(self, folder: str | Path, meta: TraceMeta) -> None:
         self.folder, self.meta = Path(folder), meta
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if not (self.folder / META).exists():
             write_text(self.folder / META, json.dumps(dataclasses.asdict(meta), indent=2, ensure_ascii=False) + "\n")
             return

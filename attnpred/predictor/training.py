@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attnpred import checks
 from attnpred.errors import ConfigError, TraceError
-from attnpred.files import write_text
+from attnpred.files import make_folder, write_text
 from attnpred.predictor.card import model_card, training_details
 from attnpred.predictor.cnn import PaperCNN, start_as_average
 from attnpred.predictor.predictor_config import CARD, PredictorConfig
@@ -60,12 +61,11 @@ class TrainConfig:
     budget_fraction: float = 1 / 13
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("steps", "queries", "batch", "history", "eval_every", "eval_batches"), 1)
-        least |= dict.fromkeys(("sink_blocks", "recent_blocks", "seed"), 0)
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < smallest:
-                raise ConfigError(f"got {name}={value!r}, expected a whole number of at least {smallest}")
+        for name in ("steps", "queries", "batch", "history", "eval_every", "eval_batches"):
+            checks.whole(name, getattr(self, name), 1)
+        for name in ("sink_blocks", "recent_blocks"):
+            checks.whole(name, getattr(self, name))
+        checks.seed(self.seed)
         for name, largest in (("lr", float("inf")), ("validation", 1), ("budget_fraction", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < largest:
@@ -97,7 +97,7 @@ def train_predictor(
     windows = Windows(reader, config.history, config.sink_blocks, config.recent_blocks)
     training, held_out = split(windows.documents, config.validation, config.seed)
     predictor = _fresh_predictor(reader.meta, config, len(training)).to(device)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     run = TrainingRun(folder, predictor, config.lr, _settings(config, reader.meta, training, held_out))
     run.resume()
     began = time.monotonic() - (run.log[-1]["seconds"] if run.log else 0.0)

@@ -1,5 +1,7 @@
 """Exit codes and the one line that a user's mistake gets."""
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +60,49 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(command_line.COMMANDS, "info", fails_with(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         command_line.main(["info"])
+
+
+def test_a_refusal_of_the_machine_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/a/file")
+    monkeypatch.setitem(command_line.COMMANDS, "info", fails_with(full))
+    assert command_line.main(["info"]) == 2
+    said = "attnpred: got No space left on device for /a/file, expected room and permission: mend that, and run again\n"
+    assert capsys.readouterr().err == said
+
+
+PRINTER = "import sys; from attnpred.cli import main; main.COMMANDS['info'] = lambda: print('{}'); sys.exit(main.main(['info']))"
+OUTPUTS = {
+    "full": ("x", ">/dev/full", "got No space left on device for what was to be printed, expected room"),
+    "full and long": (
+        "x" * 100_000,
+        ">/dev/full",
+        "got No space left on device for what was to be printed, expected room",
+    ),
+    "closed": ("x", ">&-", "got a closed stdout, expected an open one: send it to a file or to /dev/null"),
+    "of other letters": (
+        "\u2028",
+        ">/dev/null",
+        "got text that cannot be printed as ascii, expected UTF-8: set PYTHONUTF8=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_stdout_that_takes_nothing_is_one_line(output: str) -> None:
+    text, where, said = OUTPUTS[output]
+    found = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$@" {where}', sys.executable, "-c", PRINTER.format(text)],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert found.returncode == 2 and found.stderr.startswith(f"attnpred: {said}") and found.stderr.count("\n") == 1
+
+
+def test_with_stderr_closed_the_exit_code_tells() -> None:
+    code = PRINTER.format("x").replace("['info']))", "['none']))")
+    found = subprocess.run(["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert (found.returncode, found.stdout) == (2, b"")
 
 
 WRITERS = {"typer": "arguments = ['--help']", "print": "main.COMMANDS['info'] = lambda: print(1); arguments = ['info']"}

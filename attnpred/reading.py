@@ -29,6 +29,11 @@ _HALF = re.compile("[\ud800-\udfff]")
 logger = logging.getLogger("attnpred")
 
 
+def can_be_written(text: str) -> bool:
+    """Return whether every letter of `text` is a whole one."""
+    return not _HALF.search(text)
+
+
 def same_file(one: Path, other: Path) -> bool:
     """Return whether both are names of one file that exists."""
     try:

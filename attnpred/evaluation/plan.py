@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnpred import checks
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.evaluation.tasks import TASKS, Task, Wanted
 from attnpred.evaluation.tasks.hub import is_hub_name
 from attnpred.evaluation.tasks.recovery import KINDS
 from attnpred.evaluation.variants import Variant, parse_variant
+from attnpred.reading import can_be_written
 
 FULL = "full"
 DOCUMENTS = 8
@@ -64,6 +66,18 @@ class Plan:
     chat: bool = False
     full: bool = True
     recovery: bool = False
+
+    def __post_init__(self) -> None:
+        checks.seed(self.seed)
+        checks.whole("steps", self.steps, 1, checks.TOKENS)
+        for name in ("documents", "limit"):
+            if getattr(self, name) is not None:
+                checks.whole(name, getattr(self, name), 1)
+        for length in self.lengths:
+            checks.whole("length", length, 1, checks.TOKENS)
+        for word in (self.model, *self.texts, *(task.word for task in self.tasks)):
+            if not can_be_written(word):  # a name of other bytes; rows could not hold it
+                raise ConfigError(f"got name {word!r}, expected one that is UTF-8: rename it")
 
     def cells(self) -> list[Cell]:
         """Return all cells; the full cache comes first for each task and length, once and not once for each budget."""

@@ -4,7 +4,6 @@ After the name come fields of the policy, fields of `CacheConfig`, or `predictor
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
+from attnpred.reading import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,6 @@ def parse_variant(word: str) -> Variant:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse_json(text, "", "")
+    except ConfigError:  # no JSON: a word
         return None if text == "none" else text

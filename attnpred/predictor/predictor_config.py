@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from attnpred import checks
 from attnpred.errors import PredictorError
 from attnpred.predictor.cnn import PaperCNN, UnpaddedCNN
 from attnpred.predictor.seer_gate import SeerGate
@@ -18,6 +19,9 @@ from attnpred.reading import parse_json
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = 1
+MOST_HEADS = 4096
+MOST = {"block_size": 1 << 16, "history": checks.TOKENS, "head_dim": 1 << 16, "rank": 1 << 16}
+"""Bounds of the whole numbers of a config; of all others, `MOST_HEADS`."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """owner/name, as the Hub takes them."""
 
@@ -49,10 +53,11 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), field.type
-            if type(value) is not wanted or (wanted is int and value < 1):
-                name = "a whole number of at least 1" if wanted is int else "a text"
-                raise PredictorError(f"got {field.name}={value!r}, expected {name}: correct the predictor's config")
+            value = getattr(self, field.name)
+            if field.type is int:
+                checks.whole(field.name, value, 1, MOST.get(field.name, MOST_HEADS), error=PredictorError)
+            elif type(value) is not str:
+                raise PredictorError(f"got {field.name}={checks.shown(value)}, expected a text: correct the config")
         if self.format != FORMAT:
             raise PredictorError(
                 f"got format={self.format}, expected {FORMAT}: update attnpred, or train the predictor again"
@@ -61,8 +66,10 @@ class PredictorConfig:
             raise PredictorError(
                 f"got kind={self.kind!r}, expected one of {sorted(NETWORKS)}: update attnpred, or correct it"
             )
-        if not re.fullmatch(r"(\d+( \d+)*)?", self.layers) or len(set(self.layer_ids)) != len(self.layer_ids):
-            raise PredictorError(f"got layers={self.layers!r}, expected different layer numbers, as in '0 1 2'")
+        if not re.fullmatch(r"(\d{1,4}( \d{1,4})*)?", self.layers) or len(set(self.layer_ids)) != len(self.layer_ids):
+            raise PredictorError(
+                f"got layers={checks.shown(self.layers)}, expected different layer numbers, as in '0 1 2'"
+            )
 
     @property
     def layer_ids(self) -> list[int]:

@@ -29,6 +29,11 @@ __all__ = ["NETWORKS", "SMALLEST_WIDTH", "Predictor", "PredictorConfig", "model_
 
 SMALLEST_WIDTH = 3
 """Fewer blocks than this are not scored: all of them get a one, as published."""
+LARGEST = 1e4
+"""The largest weight: those that come with the package reach 38, and half precision ends at 65504."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHOWN = 8
+"""Faults of a file that are named."""
 
 
 class Predictor(nn.Module):
@@ -111,18 +116,17 @@ class Predictor(nn.Module):
                 raise PredictorError(
                     f"got no {name} in {str(folder)!r}, expected {CONFIG} and {WEIGHTS}: save it again"
                 )
-        predictor = cls(
-            PredictorConfig.from_json(
-                read_text(files[CONFIG], "a config: save it again", JSON_BYTES, PredictorError), str(files[CONFIG])
-            )
-        )
+        text = read_text(files[CONFIG], "a config: save it again", JSON_BYTES, PredictorError)
+        config = PredictorConfig.from_json(text, str(files[CONFIG]))
         try:
             tensors = load_file(files[WEIGHTS])
         except (SafetensorError, OSError) as error:
             raise PredictorError(
                 f"got a damaged {files[WEIGHTS]} ({error}), expected a safetensors file: copy or train it again"
             ) from None
-        predictor._fill(tensors, str(files[WEIGHTS]))
+        _check(config, tensors, str(files[WEIGHTS]))  # before memory is taken for what a config may claim
+        predictor = cls(config)
+        predictor.network.load_state_dict(tensors)
         return predictor
 
     @classmethod
@@ -146,7 +150,8 @@ class Predictor(nn.Module):
         ):
             raise PredictorError(f"got {str(path)!r} with something else than named tensors, expected a state dict")
         predictor = cls(config)
-        predictor._fill(loaded, str(path))
+        _check(predictor.config, loaded, str(path))
+        predictor.network.load_state_dict(loaded)
         return predictor
 
     def push_to_hub(self, repo_id: str, private: bool = False, card: str | None = None) -> str:
@@ -166,20 +171,31 @@ class Predictor(nn.Module):
                 ) from error
         return str(url)
 
-    def _fill(self, tensors: dict[str, Tensor], source: str) -> None:
-        """Copy `tensors` into the network, or say which are missing, unexpected, of another shape or not numbers."""
-        wanted = self.network.state_dict()
-        wrong = [f"missing {name}" for name in wanted if name not in tensors]
-        wrong += [f"unexpected {name}" for name in tensors if name not in wanted]
-        for name, tensor in tensors.items():
-            if name in wanted and tensor.shape != wanted[name].shape:
-                wrong.append(f"{name} of shape {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}")
-            elif not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-                wrong.append(f"{name} with values that are not finite floats")
-        if wrong:
-            expected = f"the {len(wanted)} tensors of kind {self.config.kind!r}"
-            raise PredictorError(f"got {source} with {', '.join(wrong)}, expected {expected}: train it again")
-        self.network.load_state_dict(tensors)
+
+def _check(config: PredictorConfig, tensors: dict[str, Tensor], source: str) -> None:
+    """Raise `PredictorError` unless `tensors` are those of a network of `config`; none is made for it."""
+    with torch.device("meta"):
+        wanted = NETWORKS[config.kind](config).state_dict()
+    wrong = [f"missing {name}" for name in wanted if name not in tensors]
+    wrong += [f"unexpected {name[:60]}" for name in tensors if name not in wanted]
+    for name in set(wanted) & set(tensors):
+        tensor = tensors[name]
+        if tensor.shape != wanted[name].shape:
+            wrong.append(f"{name} of shape {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}")
+        elif tensor.dtype not in FLOATS or not bool(tensor.isfinite().all()):
+            wrong.append(f"{name} with values that are not finite floats")
+        elif (most := float(tensor.abs().max())) > LARGEST:
+            wrong.append(f"{name} with values up to {most:.3g}, beyond {LARGEST:g}")
+        elif name == "vectors" and not set(tensor.flatten().tolist()) <= _divisors(config.block_size):
+            wrong.append(f"{name} with others than the divisors of block_size={config.block_size}")
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        expected = f"the {len(wanted)} tensors of kind {config.kind!r}"
+        raise PredictorError(f"got {source} with {', '.join(wrong[:SHOWN])}{more}, expected {expected}: train it again")
+
+
+def _divisors(size: int) -> set[int]:
+    return {count for count in range(1, size + 1) if size % count == 0}
 
 
 def shipped() -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """A predictor's way to disk and back, and what is said when that fails."""
 
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -118,11 +119,41 @@ def test_a_truncated_file_is_damaged(saved: Path, size: int) -> None:
         ('{"block_size": true}', "got block_size=True, expected a whole number"),
         ('{"history": "64"}', "got history='64', expected a whole number"),
         ('{"base_model": 3}', "got base_model=3, expected a text"),
+        ('{"heads": 100000}', "got heads=100000, expected a whole number of at most 4096"),
+        ('{"rank": 1' + 400 * "0" + "}", "is no finite number of at most 64 bits"),
+        ('{"layers": "1' + 5000 * "0" + '"}', "expected different layer numbers"),
+        ("[" * 9999, "with more than 64 levels of JSON"),
     ],
 )
 def test_a_wrong_config_is_explained(saved: Path, text: str, part: str) -> None:
     (saved / "config.json").write_text(text, encoding="latin-1")
     refused(saved, part, "config.json")
+
+
+def test_sizes_that_the_weights_do_not_have_take_no_memory(saved: Path) -> None:
+    absurd = {"kind": "streaming", "layers": "0 1 2", "heads": 4096, "head_dim": 65536, "rank": 65536}
+    (saved / "config.json").write_text(json.dumps(absurd))
+    refused(saved, "missing keys", "expected the 6 tensors of kind 'streaming'")
+
+
+def test_weights_that_nobody_trained_are_refused(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    for factor, said in ((1e30, "beyond 10000"), (math.nan, "not finite floats")):
+        save_file({name: tensor * factor for name, tensor in tensors.items()}, saved / "model.safetensors")
+        refused(saved, said)
+    save_file({name: tensor.to(torch.float8_e5m2) for name, tensor in tensors.items()}, saved / "model.safetensors")
+    refused(saved, "not finite floats")
+    save_file({f"x{i}": torch.zeros(1) for i in range(10_000)}, saved / "model.safetensors")
+    refused(saved, "and 1")
+
+
+@pytest.mark.parametrize("count", [0.0, 3.0, 1000.0, 1.5])
+def test_vectors_of_a_block_divide_it(count: float, tmp_path: Path) -> None:
+    folder = Predictor.from_pretrained(shipped()["demo"]).save_pretrained(tmp_path / "p")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vectors"][0, 0] = count
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, "vectors with others than the divisors of block_size=16")
 
 
 def test_config_round_trip_and_defaults() -> None:

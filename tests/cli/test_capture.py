@@ -184,7 +184,7 @@ def assert_one_line(result: tuple[int, str, str], message: str) -> None:
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "more rows than tokens": (["--rows", "51"], "got rows=51, expected 1 to tokens=50"),
-    "no rows": (["--rows", "0"], "got rows=0, expected 1 to tokens=50"),
+    "no rows": (["--rows", "0"], "got rows=0, expected a whole number of at least 1"),
     "block size 0": (["--block-size", "0"], "got block_size=0, expected a whole number of at least 1"),
     "text too short": (["--tokens", "121"], "got no text of at least 121 tokens"),
 }

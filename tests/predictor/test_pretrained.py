@@ -144,7 +144,7 @@ def test_weights_that_nobody_trained_are_refused(saved: Path) -> None:
     save_file({name: tensor.to(torch.float8_e5m2) for name, tensor in tensors.items()}, saved / "model.safetensors")
     refused(saved, "not finite floats")
     save_file({f"x{i}": torch.zeros(1) for i in range(10_000)}, saved / "model.safetensors")
-    refused(saved, "and 1")
+    refused(saved, "and 9998 more")
 
 
 @pytest.mark.parametrize("count", [0.0, 3.0, 1000.0, 1.5])

@@ -45,7 +45,7 @@ class Recorder(Memory):
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.taken = torch.empty(0)
+        self.taken = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def tables(self) -> Sequence[Columns]:
         return ()
@@ -68,7 +68,7 @@ class Remember(Policy[Recorder]):
         return Recorder(self.rows)
 
     def score(self, view: View[Recorder]) -> Tensor:
-        return torch.zeros(1, 1, view.zone.blocks)
+        return torch.zeros(1, 1, view.zone.blocks, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()

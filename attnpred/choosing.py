@@ -120,7 +120,7 @@ class Chooser:
         """Return the selection [B, Hs, K] for `zone`: of the present step, or of the next one."""
         forecast = None if is_next or self.config.late_share is None else self.pending
         if self.memory.is_empty:
-            scores = torch.zeros(1, 1, zone.blocks, device=call.query.device)
+            scores = torch.zeros(1, 1, zone.blocks, device=call.query.device, dtype=torch.float32)
         else:
             view = self._view(call, zone, is_next)
             if self.is_plain and self.first_block is None and forecast is None:

@@ -147,7 +147,11 @@ def _measure(
             zone, selection = decoder.attended
             if forecasts:
                 scores.append(forecasts[-1])
-                chosen.append(torch.zeros(true.shape[3]).scatter_(0, selection[0, head].clamp_min(0), 1.0))
+                chosen.append(
+                    torch.zeros(true.shape[3], dtype=torch.float32, device="cpu").scatter_(
+                        0, selection[0, head].clamp_min(0), 1.0
+                    )
+                )
             view = View(decoder.memory, zone_at(settings, zone.length + 1), decoder.layer)
             found = decoder.policy.score(view).expand(1, selection.shape[1], -1)[0, head]
             forecasts.append(found[: true.shape[3]])
@@ -181,7 +185,11 @@ def digest_share(model_config: Any, policy: Policy[Any], item_size: int, block_s
     for layer in range(layers):
         memory = policy.memory(CacheConfig(block_size=block_size), layer)
         if memory.sealed >= 0:
-            memory.seal(torch.zeros(1, heads, block_size, dim, dtype={4: torch.float32, 2: torch.float16}[item_size]))
+            memory.seal(
+                torch.zeros(
+                    1, heads, block_size, dim, dtype={4: torch.float32, 2: torch.float16}[item_size], device="cpu"
+                )
+            )
             read += memory.look_bytes()
     return read / (layers * heads * block_size * dim * 2 * item_size)
 

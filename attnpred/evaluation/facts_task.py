@@ -34,7 +34,7 @@ def plant(tokenizer: Any, book: Tensor, length: int, count: int, seed: int) -> F
     ends = [i + 1 for i, token in enumerate(body) if token in stops] or [room // 2]
     for place, piece in zip(sorted((rng.choice(ends) for _ in facts), reverse=True), pieces, strict=True):
         body[place:place] = piece
-    return FactsDocument(torch.tensor([body]), facts)
+    return FactsDocument(torch.tensor([body], dtype=torch.int64, device="cpu"), facts)
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ class Grid:
         full: dict[str, float],
     ) -> Row:
         task, items = cell.task.make(), measured.items
-        values = torch.tensor([item.value for item in items], dtype=torch.float64)
+        values = torch.tensor([item.value for item in items], dtype=torch.float64, device="cpu")
         if not bool(values.isfinite().all()):
             raise ConfigError(
                 f"got {task.metric} {float(values.mean())} from task {cell.task.word!r}, expected a finite one: the model's own "

@@ -134,7 +134,7 @@ def _layer(
         replayed.step(step)
         assert decoder.attended is not None
         selection = decoder.attended[1]
-        chosen = torch.zeros(*selection.shape[:2], blocks + 1, dtype=torch.bool)
+        chosen = torch.zeros(*selection.shape[:2], blocks + 1, dtype=torch.bool, device="cpu")
         chosen = chosen.scatter_(2, selection.masked_fill(selection < 0, blocks), True)[..., :blocks]
         if chosen.shape[1] != mass.shape[1]:  # one selection per query head: what a kv head reads is their union
             chosen = chosen.unflatten(1, (mass.shape[1], -1)).any(2)

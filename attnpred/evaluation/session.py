@@ -55,7 +55,7 @@ class Readings:
         """Return an empty reading, to be filled now; the oldest make room for it."""
         while self._kept and sum(one.bytes() for one in self._kept.values()) > self.limit:
             del self._kept[next(iter(self._kept))]
-        made = self._kept[tuple(tokens)] = Reading(torch.tensor([list(tokens[:-1])], device=device))
+        made = self._kept[tuple(tokens)] = Reading(torch.tensor([list(tokens[:-1])], device=device, dtype=torch.int64))
         return made
 
 
@@ -122,7 +122,7 @@ class PolicySession:
     def generate(self, held: Held, question: Question) -> list[int]:
         """Return the ids of an answer; they stay in the cache, the last one waiting."""
         self._catch_up(held, question.tokens)
-        ids = torch.tensor([held.ids], device=self.model.device)
+        ids = torch.tensor([held.ids], device=self.model.device, dtype=torch.int64)
         before, clock = total(list(held.cache.counts.values())), _Clock()
         out = self.model.generate(
             ids,
@@ -192,7 +192,7 @@ class PolicySession:
 
     def _feed(self, cache: hf.TieredCache, tokens: Sequence[int]) -> Tensor:
         """Return the logits after the last of `tokens`, [vocabulary]."""
-        ids = torch.tensor([list(tokens)], device=self.model.device)
+        ids = torch.tensor([list(tokens)], device=self.model.device, dtype=torch.int64)
         logits: Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)

@@ -15,7 +15,7 @@ RESAMPLES = 2000
 def bootstrap(values: Tensor, seed: int = 0) -> list[float]:
     """Return the 95 % interval of the mean of `values` [n], resampled with replacement."""
     generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator, device="cpu")
     means = values[picks].mean(1).sort().values
     return [float(means[int(0.025 * RESAMPLES)]), float(means[int(0.975 * RESAMPLES) - 1])]
 
@@ -25,5 +25,5 @@ def difference(ours: Mapping[str, float], theirs: Mapping[str, float], seed: int
     names = [name for name in ours if name in theirs]
     if not names:
         return {"n": 0}
-    paired = torch.tensor([ours[name] - theirs[name] for name in names], dtype=torch.float64)
+    paired = torch.tensor([ours[name] - theirs[name] for name in names], dtype=torch.float64, device="cpu")
     return {"difference": float(paired.mean()), "interval": bootstrap(paired, seed), "n": len(names)}

@@ -97,18 +97,28 @@ def _remembered(
     selecting = layer.kv_heads * (layer.group if settings.per_query_head or settings.union else 1)
     # random, because some memories measure their keys: nothing can be learned from zeros
     random = torch.Generator().manual_seed(0)
-    keys = torch.randn(1, layer.kv_heads, full * settings.block_size, layer.key_dim, generator=random)
-    query = torch.randn(1, layer.kv_heads * layer.group, layer.key_dim, generator=random)
-    row = torch.full((1, selecting, zone.blocks), 1 / zone.blocks)
+    keys = torch.randn(
+        1,
+        layer.kv_heads,
+        full * settings.block_size,
+        layer.key_dim,
+        generator=random,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    query = torch.randn(
+        1, layer.kv_heads * layer.group, layer.key_dim, generator=random, dtype=torch.float32, device="cpu"
+    )
+    row = torch.full((1, selecting, zone.blocks), 1 / zone.blocks, dtype=torch.float32, device="cpu")
     if memory.sealed >= 0:
         memory.seal(keys.to(dtype))
     if memory.rows:
         memory.push(row[:, :, None].expand(-1, -1, memory.rows, -1))
     memory.look(query.to(dtype), layer.key_dim**-0.5, selecting)
-    memory.read(torch.zeros(1, zone.length, dtype=torch.int64), zone.length)
+    memory.read(torch.zeros(1, zone.length, dtype=torch.int64, device="cpu"), zone.length)
     if not memory.is_empty:
         # some keep what they computed for a score
-        probe = torch.zeros(1, query.shape[1], 1)
+        probe = torch.zeros(1, query.shape[1], 1, dtype=torch.float32, device="cpu")
         policy.score(View(memory, zone, index, True, lambda: row, lambda ids: probe.expand(1, -1, ids.shape[2])))
     return memory.bytes()
 

@@ -61,7 +61,7 @@ def digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
     # What is the same for all vectors, the offsets of both halves, does not change a softmax.
     upper, upper_scale = _to_int8(high / 16)
     lower, lower_scale = _to_int8(low - high / 16)
-    out = torch.empty(codes.shape[0], codes.shape[1] // vectors)
+    out = torch.empty(codes.shape[0], codes.shape[1] // vectors, dtype=torch.float32, device=codes.device)
     for i in range(codes.shape[0]):
         first = torch._int_mm(upper[i], codes[i].t())
         logits = first * upper_scale[i]

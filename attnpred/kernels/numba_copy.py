@@ -7,7 +7,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from attnpred.kernels.numba_tools import compiled, pointer
+from attnpred.kernels.numba_tools import address, compiled, pointer
 
 
 @numba.njit
@@ -36,7 +36,7 @@ def write_token(keys: Tensor, values: Tensor, to_keys: Tensor, to_values: Tensor
     key_size, value_size = keys.shape[3] * width, values.shape[3] * value_width
     _copy_both(
         keys.shape[0] * keys.shape[1],
-        keys.data_ptr(), key_size, to_keys.data_ptr() + place * key_size, to_keys.shape[2] * key_size, key_size,
-        values.data_ptr(), value_size, to_values.data_ptr() + place * value_size, to_values.shape[2] * value_size,
+        address(keys, to_keys.dtype), key_size, address(to_keys, to_keys.dtype) + place * key_size, to_keys.shape[2] * key_size, key_size,
+        address(values, to_values.dtype), value_size, address(to_values, to_values.dtype) + place * value_size, to_values.shape[2] * value_size,
         value_size,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnpred.kernels import numba_items as work
-from attnpred.kernels.numba_tools import threads
+from attnpred.kernels.numba_tools import address, threads
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers that stored keys and values may have, as the vectors know them."""
@@ -27,13 +27,15 @@ def _fields(
     """Return what the threads are told of query [B, Hq, D] in fp32 or bf16; ids, slots: addresses, 0 for all blocks."""
     batch, heads, dim = query.shape
     assert mask is None or (mask.stride(-1) == 1 and mask.dtype == torch.bool and mask.shape[-1] >= length)
-    shown, stride = (mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0) if mask is not None else (0, 0)
+    shown, stride = (
+        (address(mask, torch.bool), mask.stride(0) if mask.shape[0] > 1 else 0) if mask is not None else (0, 0)
+    )
     width = keys.element_size()
     return np.array(
         [
             0, batch, selecting, -(-count // per_item), per_item, count, heads // selecting, dim, values.shape[3], size,
             KINDS[keys.dtype], length, keys.shape[1], keys.stride(1) * width, values.stride(1) * width,
-            keys.data_ptr(), values.data_ptr(), query.data_ptr(), ids, slots, shown, stride, 0, 0, 0, 0, 0,
+            address(keys, *KINDS), address(values, keys.dtype), address(query, torch.float32, torch.bfloat16), ids, slots, shown, stride, 0, 0, 0, 0, 0,
             query.dtype == torch.bfloat16,
         ],
         np.int64,
@@ -59,19 +61,18 @@ def sparse_decode(
     selecting, chosen = selection.shape[1], selection.shape[2]
     asked, ids = _readable(query), selection.contiguous()
     places = ids if slots is None else slots.contiguous()
-    assert ids.dtype == places.dtype == torch.int64  # nothing below looks at it again
-    output = torch.empty(batch, heads, values.shape[3], dtype=asked.dtype)
-    normaliser = torch.empty(batch, heads)
-    maxima = torch.empty(batch, selecting, chosen)
+    output = torch.empty(batch, heads, values.shape[3], dtype=asked.dtype, device="cpu")
+    normaliser = torch.empty(batch, heads, dtype=torch.float32, device="cpu")
+    maxima = torch.empty(batch, selecting, chosen, dtype=torch.float32, device="cpu")
     extra = None if sinks is None else sinks.float()
     mask = None if mask is None else _in_one_piece(mask)
     fields = _fields(
         asked, keys, values, mask, length, block_size, chosen, max(1, ITEM_TOKENS // block_size), selecting,
-        ids.data_ptr(), places.data_ptr(),
+        address(ids, torch.int64), address(places, torch.int64),
     )  # fmt: skip
     work.decode(
-        *threads(), work.do_items.address, fields, scale, softcap or 0.0, 0 if extra is None else extra.data_ptr(),
-        output.data_ptr(), normaliser.data_ptr(), maxima.data_ptr(),
+        *threads(), work.do_items.address, fields, scale, softcap or 0.0, _sinks_at(extra),
+        address(output, asked.dtype), address(normaliser, torch.float32), address(maxima, torch.float32),
     )  # fmt: skip
     return output if asked.dtype == query.dtype else output.to(query.dtype), maxima, normaliser
 
@@ -107,10 +108,17 @@ def dense_parts(
     mask = None if mask is None else _in_one_piece(mask)
     fields = _fields(asked, keys, values, mask, tokens, UNIT, count, piece // UNIT, kv_heads)
     rows, quads, items = batch * kv_heads, -(-heads // kv_heads // 4), int(fields[work.ITEMS])
-    maxima, found = torch.empty(rows, quads, count, 4), torch.empty(rows, items, quads, 4, dim)
-    parts = Parts(torch.empty(rows, items, quads, 4), torch.empty(rows, items, quads, 4), found)
-    fields[work.MAXIMA], fields[work.TOPS] = maxima.data_ptr(), parts.tops.data_ptr()
-    fields[work.SUMS], fields[work.FOUND] = parts.sums.data_ptr(), found.data_ptr()
+    maxima, found = (
+        torch.empty(rows, quads, count, 4, dtype=torch.float32, device="cpu"),
+        torch.empty(rows, items, quads, 4, dim, dtype=torch.float32, device="cpu"),
+    )
+    parts = Parts(
+        torch.empty(rows, items, quads, 4, dtype=torch.float32, device="cpu"),
+        torch.empty(rows, items, quads, 4, dtype=torch.float32, device="cpu"),
+        found,
+    )
+    fields[work.MAXIMA], fields[work.TOPS] = address(maxima, torch.float32), address(parts.tops, torch.float32)
+    fields[work.SUMS], fields[work.FOUND] = address(parts.sums, torch.float32), address(found, torch.float32)
     work.parts_alone(*threads(), work.do_items.address, fields, scale, softcap or 0.0)
     return parts
 
@@ -119,19 +127,27 @@ def merged(parts: list[Parts], batch: int, heads: int, sinks: Tensor | None = No
     """Return output [B, Hq, Dv] and log-sum-exp [B, Hq], in fp32, of the parts of successive keys."""
     tops, sums, found = parts[0] if len(parts) == 1 else (torch.cat(same, 1) for same in zip(*parts, strict=True))
     rows, items, _, _, dim = found.shape
-    output, normaliser = torch.empty(batch, heads, dim), torch.empty(batch, heads)
+    output, normaliser = (
+        torch.empty(batch, heads, dim, dtype=torch.float32, device="cpu"),
+        torch.empty(batch, heads, dtype=torch.float32, device="cpu"),
+    )
     extra = None if sinks is None else sinks.float()
     fields = np.zeros(work.FIELDS, np.int64)
     fields[work.BATCH], fields[work.SELECTING], fields[work.ITEMS] = batch, rows // batch, items
     fields[work.GROUP], fields[work.VALUE_DIM] = heads * batch // rows, dim
-    fields[work.TOPS], fields[work.SUMS], fields[work.FOUND] = tops.data_ptr(), sums.data_ptr(), found.data_ptr()
-    work.merge_parts(fields, 0 if extra is None else extra.data_ptr(), output.data_ptr(), normaliser.data_ptr())
+    fields[work.TOPS], fields[work.SUMS], fields[work.FOUND] = (address(x, torch.float32) for x in (tops, sums, found))
+    work.merge_parts(fields, _sinks_at(extra), address(output, torch.float32), address(normaliser, torch.float32))
     return output, normaliser
 
 
 def _readable(query: Tensor) -> Tensor:
     """Return the query in one piece, in fp32 or bf16."""
     return (query if query.dtype in (torch.float32, torch.bfloat16) else query.float()).contiguous()
+
+
+def _sinks_at(sinks: Tensor | None) -> int:
+    """Return the address of the attention sinks' logits, 0 for none."""
+    return 0 if sinks is None else address(sinks, torch.float32)
 
 
 def _in_one_piece(mask: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from attnpred.kernels.digest import digest_shares_reference
 from attnpred.kernels.numba_codes import VECTORS, finish_row, item, round_row
 from attnpred.kernels.numba_stream import choose_row, weigh_row
-from attnpred.kernels.numba_tools import compiled, pointer, share_out, take, threads, widen
+from attnpred.kernels.numba_tools import address, compiled, pointer, share_out, take, threads, widen
 
 _PAYS = 1 << 16
 """Bytes of codes from which on it pays to have several threads."""
@@ -199,14 +199,15 @@ def prepare(
     addresses, counts, size = np.zeros((batch, kv_heads), np.int64), np.zeros(kv_heads, np.int64), 0
     for heads, vectors, codes in tables:
         size += batch * len(heads) * codes.stride(2)
+        lies = address(codes, torch.int8)
         for i, head in enumerate(heads):
             counts[head] = vectors
             for row in range(batch):
-                addresses[row, head] = codes.data_ptr() + row * codes.stride(0) + i * codes.stride(1)
+                addresses[row, head] = lies + row * codes.stride(0) + i * codes.stride(1)
     rank, given = dim, (0, 0)
     if projection is not None:
         rank = projection.shape[-1] if projection.ndim == 4 else dim + dim % 2
-        given = projection.data_ptr(), projection[0].numel() if projection.shape[0] > 1 else 0
+        given = address(projection, torch.float32), projection[0].numel() if projection.shape[0] > 1 else 0
     told = (kv_heads, dim, rank, *given, addresses.ctypes.data, counts.ctypes.data)
     is_diagonal = projection is not None and projection.ndim == 3
     return Prepared(
@@ -222,12 +223,12 @@ def _call(
     batch, heads, _ = query.shape
     kind = 1 if query.dtype == torch.bfloat16 else 0
     asked = query.contiguous() if kind or query.dtype == torch.float32 else query.float().contiguous()
-    estimate = torch.empty(batch, selecting, blocks)
+    estimate = torch.empty(batch, selecting, blocks, dtype=torch.float32, device="cpu")
     group = heads // selecting
     fields = np.array(
         (
-            0, batch * selecting, selecting // prepared.told[0], group, blocks, (group + 3) // 4, asked.data_ptr(), kind,
-            estimate.data_ptr(), *prepared.told, *chosen, *_NO_SCRATCH,
+            0, batch * selecting, selecting // prepared.told[0], group, blocks, (group + 3) // 4,
+            address(asked, torch.float32, torch.bfloat16), kind, address(estimate, torch.float32), *prepared.told, *chosen, *_NO_SCRATCH,
         ),
         np.int64,
     )  # fmt: skip
@@ -251,11 +252,13 @@ def choose(
     """
     middle, capacity = first_recent - sinks, peaks.shape[3]
     assert 0 <= sinks < first_recent <= min(blocks, capacity) and 0 <= free <= middle <= distances.numel()
-    selection = torch.empty(query.shape[0], selecting, sinks + free + zone_blocks - first_recent, dtype=torch.int64)
+    selection = torch.empty(
+        query.shape[0], selecting, sinks + free + zone_blocks - first_recent, dtype=torch.int64, device="cpu"
+    )
     told = (
-        peaks.data_ptr(), capacity, peaks.shape[2], weights.data_ptr(), weights.shape[0],
-        distances.data_ptr() + 4 * (distances.numel() - middle), sinks, first_recent, zone_blocks, free,
-        selection.data_ptr(),
+        address(peaks, torch.float32), capacity, peaks.shape[2], address(weights, torch.float32), weights.shape[0],
+        address(distances, torch.float32) + 4 * (distances.numel() - middle), sinks, first_recent, zone_blocks, free,
+        address(selection, torch.int64),
     )  # fmt: skip
     return _call(query, prepared, blocks, selecting, told), selection
 
@@ -266,7 +269,7 @@ def digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
         return digest_shares_reference(query, codes, vectors)
     (rows, group, rank), blocks = query.shape, codes.shape[1] // vectors
     if not rows or not blocks:
-        return torch.empty(rows, blocks)
+        return torch.empty(rows, blocks, dtype=torch.float32, device="cpu")
     stored = codes if codes.stride(2) == 1 and codes.stride(1) == codes.shape[2] else codes.contiguous()
     prepared = prepare([(range(rows), vectors, stored[None])], 1, rows, rank, None)
     return _call(query.float().reshape(1, rows * group, rank), prepared, blocks, rows)[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnpred.kernels import stream
 from attnpred.kernels.digest import FLOOR
-from attnpred.kernels.numba_tools import compiled, pointer, share_out, take, threads
+from attnpred.kernels.numba_tools import address, compiled, pointer, share_out, take, threads
 
 _FLOOR = np.float32(FLOOR)
 _FIELDS = 16
@@ -163,10 +163,10 @@ def weigh(
     assert 0 <= first <= last <= min(known, capacity, blocks)  # nothing below looks at it again
     assert peaks.is_contiguous() and distance.numel() == last - first
     given, own, far = estimate.contiguous(), weights.contiguous(), distance.contiguous()
-    out = torch.empty(*estimate.shape[:2], blocks)
+    out = torch.empty(*estimate.shape[:2], blocks, dtype=torch.float32, device="cpu")
     _shared_out(
         _weigh_heads, out.numel(), 0, out.shape[0] * out.shape[1], first, last, blocks, known, capacity, peaks.shape[2],
-        own.shape[0], given.data_ptr(), peaks.data_ptr(), own.data_ptr(), far.data_ptr(), out.data_ptr(),
+        own.shape[0], *(address(x, torch.float32) for x in (given, peaks, own, far, out)),
     )  # fmt: skip
     return out
 
@@ -180,7 +180,7 @@ def remember(peaks: Tensor, rates: Tensor, blocks: int, estimate: Tensor, select
     given, ids, found = estimate.contiguous(), selection.contiguous(), maxima.float().contiguous()
     _shared_out(
         _remember_heads, given.numel(), 0, peaks.shape[0] * peaks.shape[1], blocks, known, capacity, peaks.shape[2], chosen,
-        peaks.data_ptr(), rates.data_ptr(), given.data_ptr(), ids.data_ptr(), found.data_ptr(),
+        *(address(x, torch.float32) for x in (peaks, rates, given)), address(ids, torch.int64), address(found, torch.float32),
     )  # fmt: skip
 
 
@@ -190,9 +190,9 @@ def choose(scores: Tensor, sinks: int, first_recent: int, blocks: int, free: int
     if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.stride(2) != 1 or not rows:
         return stream.choose(scores, sinks, first_recent, blocks, free)
     assert 0 <= sinks <= first_recent <= scores.shape[2] and 0 <= free <= first_recent - sinks
-    out = torch.empty(*scores.shape[:2], sinks + free + blocks - first_recent, dtype=torch.int64)
+    out = torch.empty(*scores.shape[:2], sinks + free + blocks - first_recent, dtype=torch.int64, device="cpu")
     _shared_out(
         _choose_heads, 2 * scores.numel(), 0, out.shape[0] * out.shape[1], sinks, first_recent, blocks, free, scores.stride(1),
-        scores.data_ptr(), out.data_ptr(),
+        address(scores, torch.float32), address(out, torch.int64),
     )  # fmt: skip
     return out

@@ -15,7 +15,9 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from torch import Tensor
 
+from attnpred.errors import ShapeError
 from attnpred.kernels.numba_cache import compile_cached
 
 Function = Callable[..., Any]
@@ -33,6 +35,19 @@ def compiled(signature: str, *, to_address: bool = False, nogil: bool = False) -
         return compile_cached(compile_with)
 
     return apply
+
+
+def address(tensor: Tensor, *kinds: torch.dtype) -> int:
+    """Return where `tensor` lies, for compiled code, which looks at nothing again. Raises `ShapeError`.
+
+    It has to be in host memory, and its numbers of one of `kinds`.
+    """
+    if not tensor.is_cpu or tensor.dtype not in kinds:
+        names = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
+        raise ShapeError(
+            f"got {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, expected {names} on the CPU: give tensors of one model"
+        )
+    return tensor.data_ptr()
 
 
 def threads(pays: bool = True) -> tuple[int, int]:

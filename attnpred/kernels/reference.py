@@ -34,9 +34,9 @@ def sparse_decode(
     """
     batch, heads, _ = query.shape
     kv_heads, selecting, chosen = keys.shape[1], selection.shape[1], selection.shape[2]
-    output = torch.zeros(batch, heads, values.shape[3], dtype=torch.float32)
-    maxima = torch.zeros(selection.shape, dtype=torch.float32)
-    normaliser = torch.zeros(batch, heads, dtype=torch.float32)
+    output = torch.zeros(batch, heads, values.shape[3], dtype=torch.float32, device=query.device)
+    maxima = torch.zeros(selection.shape, dtype=torch.float32, device=query.device)
+    normaliser = torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
     for b in range(batch):
         for h in range(heads):
             kv, s = h * kv_heads // heads, h * selecting // heads

@@ -134,7 +134,7 @@ def _chunk(
     far = torch.full_like(near, -torch.inf)
     if begin >= stop:
         return Shared(output, near, far, kept, 0)
-    starts = torch.zeros(1, device=query.device) if split.first is None else split.first
+    starts = torch.zeros(1, device=query.device, dtype=torch.float32) if split.first is None else split.first
     has_distant = (places[None] - split.recent >= starts[:, None] + split.sinks)[:, None]
     kept |= has_distant
     asked = int(kept.sum())

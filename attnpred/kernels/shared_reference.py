@@ -29,8 +29,8 @@ def shared_attention(
     """
     batch, heads, queries, _ = query.shape
     length, group = own.shape[2], heads // own.shape[1]
-    output = torch.zeros(batch, heads, queries, values.shape[3])
-    sums = torch.full((2, batch, heads, queries), -torch.inf)
+    output = torch.zeros(batch, heads, queries, values.shape[3], dtype=torch.float32, device=query.device)
+    sums = torch.full((2, batch, heads, queries), -torch.inf, dtype=torch.float32, device=query.device)
     for b in range(batch):
         begin = 0 if first is None else int(first[b])
         for i in range(queries):

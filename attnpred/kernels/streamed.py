@@ -55,7 +55,7 @@ class StreamedAttention(Streamed):
         super().__init__(query, length, terms, mask)
         self.piece = piece
         self.output: Tensor | None = None
-        self.normaliser = torch.empty(0)
+        self.normaliser = torch.empty(0, dtype=torch.float32, device="cpu")
         self.parts: list[Any] = []  # of numba's kernel, for one query
 
     def add(self, start: int, keys: Tensor, values: Tensor) -> None:
@@ -173,7 +173,7 @@ def _fused(
     packed = query.reshape(batch, kv_heads, group * queries, dim)
     bias = None
     if allowed is not None:
-        bias = torch.zeros(allowed.shape, dtype=query.dtype).masked_fill_(~allowed, -torch.inf)
+        bias = torch.zeros(allowed.shape, dtype=query.dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
         bias = bias[:, None].repeat(1, 1, group, 1)
     output, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         packed, keys, values, 0.0, False, attn_mask=bias, scale=terms.scale

@@ -91,7 +91,7 @@ def digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
     """Same as `digest.digest_shares_reference`; what lies between the codes of two rows may be anything."""
     rows, group, rank = query.shape
     blocks, half = codes.shape[1] // vectors, rank // 2
-    out = torch.empty(rows, blocks, device=query.device)
+    out = torch.empty(rows, blocks, device=query.device, dtype=torch.float32)
     if not out.numel():
         return out
     per_block = room(vectors)
@@ -138,7 +138,7 @@ def weigh(
 ) -> Tensor:
     """Same as `stream.weigh`; the last dimension of estimate, peaks and distance is in one piece."""
     batch, heads, rates = peaks.shape[:3]
-    out = torch.empty(batch, heads, blocks, device=estimate.device)
+    out = torch.empty(batch, heads, blocks, device=estimate.device, dtype=torch.float32)
     with torch.cuda.device_of(estimate):
         _weigh[(batch * heads, ceil_div(blocks, BLOCKS_AT_ONCE))](
             estimate, peaks, weights, distance, out, first, last, blocks, estimate.stride(0), estimate.stride(1),

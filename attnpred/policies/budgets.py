@@ -24,7 +24,9 @@ def counts_for(budgets: str | tuple[float, ...], scores: Tensor, zone: Zone) -> 
     batch, heads, _ = scores.shape
     middle = zone.first_recent - zone.sinks
     if not isinstance(budgets, str):
-        weights = torch.tensor(budgets, device=scores.device).repeat_interleave(heads // len(budgets))
+        weights = torch.tensor(budgets, device=scores.device, dtype=torch.float32).repeat_interleave(
+            heads // len(budgets)
+        )
         shares = (weights * (zone.free * heads / weights.sum())).floor().long()
         return shares.clamp(max=middle).expand(batch, -1)
     floor = int(FLOOR * zone.free)

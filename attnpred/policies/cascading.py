@@ -51,7 +51,7 @@ class Fading(Memory):
     def push(self, rows: Tensor, attended: Tensor | None = None) -> None:
         count = rows.shape[2]
         row = self.row.reserve(rows.shape[0], rows.shape[1], rows.shape[3], rows.device)
-        ages = torch.arange(count - 1, -1, -1, device=rows.device)
+        ages = torch.arange(count - 1, -1, -1, device=rows.device, dtype=torch.float32)
         gains = (1 - self.decay) * self.decay**ages
         row.mul_(self.decay**count).add_(torch.einsum("bhrn,r->bhn", rows.float(), gains))
 
@@ -91,7 +91,7 @@ class Cascading(Policy[Fading]):
         start = max(zone.sinks, zone.first_recent - (first - view.memory.widest_recent))
         stretches = _stretches(start - zone.sinks, size, self.cascades).to(row.device)
         older = row[..., zone.sinks : start]
-        best = torch.full((*row.shape[:2], start - zone.sinks + 1), -1.0, device=row.device)
+        best = torch.full((*row.shape[:2], start - zone.sinks + 1), -1.0, device=row.device, dtype=torch.float32)
         index = stretches.expand_as(older)
         best.scatter_reduce_(2, index, older, "amax")
         is_best = older == best.gather(2, index)
@@ -116,11 +116,11 @@ def _stretches(count: int, size: int, cascades: int) -> Tensor:
 
     Entry k of sub-cache j holds blocks k * 2 ** j and the following; numbers of entries are those of their first blocks.
     """
-    found, fallen = torch.full((count,), count), count
+    found, fallen = torch.full((count,), count, dtype=torch.int64, device="cpu"), count
     for j in range(1, cascades):
         entries = math.ceil(fallen / 2)
         last, fallen = fallen << (j - 1), max(0, entries - size)
         last = min(last, count)
-        blocks = torch.arange(min(fallen << j, last), last)  # none where a sub-cache has no room at all
+        blocks = torch.arange(min(fallen << j, last), last, device="cpu")  # none where a sub-cache has no room at all
         found[blocks] = blocks >> j << j
     return found

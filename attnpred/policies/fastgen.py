@@ -54,7 +54,7 @@ class Profile(Memory):
         self.special, self.punctuation = Separators(special, block_size), Separators(punctuation, block_size)
         self.total, self.near = Columns(), Columns()
         self.local, self.block_size = local, block_size
-        self.choice, self.seen = torch.empty(0), 0
+        self.choice, self.seen = torch.empty(0, dtype=torch.float32, device="cpu"), 0
 
     def tables(self) -> Sequence[Columns]:
         return (self.total, self.near)
@@ -68,7 +68,7 @@ class Profile(Memory):
 
     def clear(self) -> None:
         super().clear()
-        self.choice, self.seen = torch.empty(0), 0
+        self.choice, self.seen = torch.empty(0, dtype=torch.float32, device="cpu"), 0
 
     def read(self, tokens: Tensor, length: int) -> None:
         self.special.read(tokens, length)
@@ -80,10 +80,13 @@ class Profile(Memory):
         if count > 1 and self.choice.numel():  # another prompt
             total.zero_()
             near.zero_()
-            self.choice = torch.empty(0)
+            self.choice = torch.empty(0, dtype=torch.float32, device="cpu")
         begins = [first_local(self.seen + i + 1, self.local) // self.block_size for i in range(count)]
         self.seen += count
-        is_near = torch.arange(blocks, device=rows.device) >= torch.tensor(begins, device=rows.device)[:, None]
+        is_near = (
+            torch.arange(blocks, device=rows.device)
+            >= torch.tensor(begins, device=rows.device, dtype=torch.int64)[:, None]
+        )
         total.add_(rows.float().sum(2))
         near.add_((rows.float() * is_near).sum(2))
 

@@ -29,7 +29,7 @@ class Separators(Memory):
     """Where the separators are: [B, 1, N, P], for the token ids `wanted`."""
 
     def __init__(self, wanted: Sequence[int], block_size: int) -> None:
-        self.wanted = torch.tensor(wanted, dtype=torch.int64)
+        self.wanted = torch.tensor(wanted, dtype=torch.int64, device="cpu")
         self.block_size = block_size
         self.marks = Columns(after=(block_size,), dtype=torch.uint8)
 
@@ -49,7 +49,7 @@ class Separators(Memory):
                 raise ConfigError(
                     "got no token ids, expected them: run this policy in a model inside attnpred.attach(model)"
                 )
-            return torch.zeros(1, 1, 0)
+            return torch.zeros(1, 1, 0, dtype=torch.float32, device="cpu")
         return self.marks.view().sum(-1, dtype=torch.float32)
 
 
@@ -99,6 +99,10 @@ class SepLLM(Policy[Separators]):
         after = older.flip(-1).cumsum(-1).flip(-1) - older
         counted = torch.minimum(older, (self.most - after).clamp_min(0))
         return (
-            torch.where(newest < first, counted * blocks, torch.tensor(float((memory.block_size + 1) * blocks)))
+            torch.where(
+                newest < first,
+                counted * blocks,
+                torch.tensor(float((memory.block_size + 1) * blocks), dtype=torch.float32, device="cpu"),
+            )
             + newest
         )

@@ -23,4 +23,4 @@ class Streaming(Policy[NoMemory]):
     source: ClassVar[str] = "arXiv 2309.17453"
 
     def score(self, view: View[NoMemory]) -> Tensor:
-        return torch.arange(view.zone.blocks, dtype=torch.float32).expand(1, 1, -1)
+        return torch.arange(view.zone.blocks, dtype=torch.float32, device="cpu").expand(1, 1, -1)

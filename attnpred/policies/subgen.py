@@ -46,7 +46,10 @@ class Centres(Memory):
         return ()
 
     def clear(self) -> None:
-        self.points, self.ids = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        self.points, self.ids = (
+            torch.empty(0, dtype=torch.float32, device="cpu"),
+            torch.empty(0, dtype=torch.int64, device="cpu"),
+        )
         self.settled = self._sealed = 0
 
     @property
@@ -102,7 +105,9 @@ class Centres(Memory):
 def _farthest_first(points: Tensor, middle: Tensor, room: int, delta: float) -> Tensor:
     """Return which of the points [B, H, C, D] that are `middle` [B, H, C] are the first `room` centres; see the module."""
     chosen = torch.zeros_like(middle)
-    distances = torch.full(middle.shape, torch.inf, device=points.device).masked_fill(~middle, -1.0)
+    distances = torch.full(middle.shape, torch.inf, device=points.device, dtype=torch.float32).masked_fill(
+        ~middle, -1.0
+    )
     for _ in range(min(room, points.shape[2])):
         farthest = distances.argmax(2, keepdim=True)  # the first of equals: the oldest
         is_new = distances.gather(2, farthest) > delta
@@ -159,14 +164,14 @@ class SubGen(Policy[Centres]):
         zone, memory = view.zone, view.memory
         blocks, ids = zone.blocks, memory.ids
         if zone.covers_all:
-            return torch.zeros(1, 1, blocks, device=ids.device)
+            return torch.zeros(1, 1, blocks, device=ids.device, dtype=torch.float32)
         budget = zone.sinks + zone.free + memory.widest_recent
         newest = min(zone.free, max(0, int(self.recent_share * budget) - memory.widest_recent))
         last = zone.first_recent - newest
         sinks = zone.sinks if view.first_block is None else zone.sinks + view.first_block[:, None, None]
         memory.thin(sinks, last, zone.free - newest, self.delta)
         ids = memory.ids
-        scores = torch.full((*ids.shape[:2], blocks + 1), -torch.inf, device=ids.device)
+        scores = torch.full((*ids.shape[:2], blocks + 1), -torch.inf, device=ids.device, dtype=torch.float32)
         scores.scatter_(2, ids.masked_fill((ids < 0) | (ids >= blocks), blocks), 1.0)
         scores = scores[..., :blocks]
         scores[..., last:] = 2.0

@@ -65,11 +65,13 @@ class Tactic(Policy[Clusters]):
         device, (batch, heads, _) = memory.query.device, memory.query.shape
         last = min(memory.count, zone.first_recent)  # blocks after it are fresh
         if zone.covers_all or last <= zone.sinks:
-            return torch.zeros(1, 1, zone.blocks, device=device)
+            return torch.zeros(1, 1, zone.blocks, device=device, dtype=torch.float32)
         assert view.block_logits is not None
         order = torch.sort(memory.wanted(zone.sinks, last), dim=-1, descending=True, stable=True).indices
         ranks = _sampled(last - zone.sinks, memory.per_cluster)
-        always = torch.cat((torch.arange(zone.sinks), torch.arange(last, zone.blocks))).to(device)
+        always = torch.cat((torch.arange(zone.sinks, device="cpu"), torch.arange(last, zone.blocks, device="cpu"))).to(
+            device
+        )
         sampled = order[..., ranks.to(device)] + zone.sinks
         logits = view.block_logits(torch.cat((always.expand(batch, heads, -1), sampled), -1))
         found = torch.exp(logits - logits.amax(-1, keepdim=True))
@@ -78,7 +80,7 @@ class Tactic(Policy[Clusters]):
         total = fixed + shares.sum(-1, keepdim=True)
         before = fixed + shares.cumsum(-1) - shares  # what is attended without this one
         taken = torch.where(before < self.mass * total, shares / total, -torch.inf)
-        scores = torch.full((batch, heads, zone.blocks), -torch.inf, device=device)
+        scores = torch.full((batch, heads, zone.blocks), -torch.inf, device=device, dtype=torch.float32)
         scores[..., always] = FIRST
         scores.scatter_(2, order + zone.sinks, taken)
         return scores.unflatten(1, (memory.selecting, -1)).amax(2)
@@ -90,7 +92,7 @@ def _sampled(number: int, cluster: int) -> Tensor:
     ranks = set(range(min(number, max(cluster, math.ceil(HEAD * number)))))
     for share in (NEAR, FAR):
         ranks |= set(range(int(share * number), min(number, int(share * number) + width)))
-    return torch.tensor(sorted(ranks))
+    return torch.tensor(sorted(ranks), dtype=torch.int64, device="cpu")
 
 
 def _curve(known: Tensor, ranks: Tensor, number: int) -> Tensor:

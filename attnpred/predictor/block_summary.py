@@ -35,7 +35,7 @@ class BlockSummary(Memory):
     def clear(self) -> None:
         self.table.clear()
         self._sealed = 0
-        self.estimate = torch.empty(0)
+        self.estimate = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def tables(self) -> Sequence[Columns]:
         return (self.table,)

@@ -30,8 +30,8 @@ def block_truth(document: Vectors, scale: float, block_size: int) -> BlockTruth:
     layers, _, steps, dim = document.queries.shape
     heads, length = document.keys.shape[1], document.keys.shape[2]
     blocks = num_blocks(length, block_size)
-    positions = document.first + torch.arange(steps)
-    future = torch.arange(blocks * block_size) > positions[:, None]  # also what fills up the last block
+    positions = document.first + torch.arange(steps, device="cpu")
+    future = torch.arange(blocks * block_size, device="cpu") > positions[:, None]  # also what fills up the last block
     largest, total = [], []
     for layer in range(layers):
         queries = document.queries[layer].float().view(heads, -1, dim)

@@ -32,7 +32,7 @@ class CentreKeys(Memory):
     def clear(self) -> None:
         self.table.clear()
         self._sealed = self.scored = 0
-        self.query = torch.empty(0)
+        self.query = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def tables(self) -> Sequence[Columns]:
         return (self.table,)

@@ -22,12 +22,12 @@ CHUNK = 1 << 24
 def k_means(points: Tensor, count: int, rounds: int) -> tuple[Tensor, Tensor]:
     """Return centroids [R, count, D] and the cluster of each point, [R, N], of points [R, N, D]; `count` at most N."""
     rows, number, dim = points.shape
-    start = torch.randperm(number, generator=torch.Generator().manual_seed(0))[:count].sort().values
+    start = torch.randperm(number, generator=torch.Generator().manual_seed(0), device="cpu")[:count].sort().values
     centroids = points[:, start.to(points.device)].clone()
     for _ in range(rounds):
         places = _nearest(points, centroids)
-        ones = torch.ones(rows, number, device=points.device)
-        sizes = torch.zeros(rows, count, device=points.device).scatter_add_(1, places, ones)
+        ones = torch.ones(rows, number, device=points.device, dtype=torch.float32)
+        sizes = torch.zeros(rows, count, device=points.device, dtype=torch.float32).scatter_add_(1, places, ones)
         sums = torch.zeros_like(centroids).scatter_add_(1, places[..., None].expand(-1, -1, dim), points)
         # A cluster that lost all its points stays where it was.
         centroids = torch.where(sizes[..., None] > 0, sums / sizes[..., None].clamp_min(1), centroids)
@@ -61,8 +61,8 @@ class Clusters(Memory):
 
     def clear(self) -> None:
         super().clear()
-        self.centroids, self.count = torch.empty(0), 0
-        self.query, self.selecting = torch.empty(0), 0
+        self.centroids, self.count = torch.empty(0, dtype=torch.float32, device="cpu"), 0
+        self.query, self.selecting = torch.empty(0, dtype=torch.float32, device="cpu"), 0
 
     @property
     def sealed(self) -> int:
@@ -118,7 +118,7 @@ class Clusters(Memory):
         super().crop(columns)
         if self.sealed < self.count:  # centroids are means of what is gone, too
             self.places.clear()
-            self.centroids, self.count = torch.empty(0), 0
+            self.centroids, self.count = torch.empty(0, dtype=torch.float32, device="cpu"), 0
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)

@@ -38,9 +38,9 @@ class PaperCNN(nn.Module):
         super().__init__()
         first, second = _CHANNELS
         padding = (self.time_padding, 1)
-        self.conv1 = nn.Conv2d(1, first, kernel_size=3, padding=padding)
-        self.conv2 = nn.Conv2d(first, second, kernel_size=3, padding=padding)
-        self.conv3 = nn.Conv1d(second, 1, kernel_size=1)
+        self.conv1 = nn.Conv2d(1, first, kernel_size=3, padding=padding, dtype=torch.float32, device="cpu")
+        self.conv2 = nn.Conv2d(first, second, kernel_size=3, padding=padding, dtype=torch.float32, device="cpu")
+        self.conv3 = nn.Conv1d(second, 1, kernel_size=1, dtype=torch.float32, device="cpu")
 
     @classmethod
     def averaged(cls, history: int) -> int:
@@ -106,12 +106,12 @@ def start_as_average(
     conv1, conv2, conv3 = network.conv1, network.conv2, network.conv3
     assert conv1.bias is not None and conv2.bias is not None and conv3.bias is not None
     value, difference = conv1.weight[0, 0], conv1.weight[1, 0]
-    conv1.weight[:2], conv1.bias[:2] = 0.0, torch.tensor([0.0, 1.0])
+    conv1.weight[:2], conv1.bias[:2] = 0.0, torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
     value[last, 1] = 1.0
     difference[last, 1], difference[last - 1, 1] = 1.0, -1.0
     conv2.weight[:3], conv2.bias[:3] = 0.0, 0.0
     conv2.weight[0, 0, last, 1] = 1.0
     conv2.weight[1, 1, last, 1] = 1.0
     conv2.weight[2, 1, last, 1] = conv2.weight[2, 1, last - 1, 1] = 1.0
-    conv3.weight[0, :3, 0] = torch.tensor([mean, newest * averaged, pair * averaged])
+    conv3.weight[0, :3, 0] = torch.tensor([mean, newest * averaged, pair * averaged], dtype=torch.float32, device="cpu")
     conv3.bias[:] = -newest * averaged - pair * (2 * averaged - network.time_padding)  # the zeros have no bias

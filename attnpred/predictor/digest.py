@@ -60,7 +60,9 @@ def mean_key_map(keys: Tensor, block_size: int) -> DigestMap:
     means = keys.float().unflatten(2, (-1, block_size)).mean(3)
     centre = means.mean(2)
     spread = (means - centre[:, :, None]).square().mean(2).sqrt().clamp_min(1e-6)
-    padded = torch.nn.functional.pad(torch.eye(dim, device=keys.device), (0, dim % 2))  # codes come in pairs
+    padded = torch.nn.functional.pad(
+        torch.eye(dim, device=keys.device, dtype=torch.float32), (0, dim % 2)
+    )  # codes come in pairs
     return DigestMap(padded / spread[..., None], padded * spread[..., None], centre, (1,) * heads)
 
 
@@ -79,7 +81,7 @@ class Digest(Memory):
         self._sealed = 0
         self.codes: list[tuple[list[int], int, Columns]] = []  # heads, vectors per block, their codes
         self.places: list[Tensor] = []  # the same heads, as `look` needs them
-        self._estimate = torch.empty(0)
+        self._estimate = torch.empty(0, dtype=torch.float32, device="cpu")
         self._asked: Asked | None = None  # what the estimate is to be computed for, until somebody wants it
         self.projections: tuple[float, Tensor] | None = None  # for which scale, and what
         self._prepared: Any = None  # for numba's kernels, while scale and tables are the same
@@ -127,8 +129,8 @@ class Digest(Memory):
             heads = [head for head, own in enumerate(found.vectors) if own == vectors]
             codes = Columns(after=(vectors * found.keys.shape[3] // 2,), dtype=torch.int8)
             self.codes.append((heads, vectors, codes))
-            self.places.append(torch.tensor(heads, device=device))
-        spread = torch.tensor([self._spread(vectors) for vectors in found.vectors], device=device)
+            self.places.append(torch.tensor(heads, device=device, dtype=torch.int64))
+        spread = torch.tensor([self._spread(vectors) for vectors in found.vectors], device=device, dtype=torch.float32)
         self.units = 1 / spread[:, None, None]
         return found
 
@@ -242,7 +244,7 @@ class Digest(Memory):
         own_selections = selecting // kv_heads  # 1, or G where each query head selects for itself
         grouped = query.float().view(batch, kv_heads, query.shape[1] // kv_heads, -1)
         projected = grouped @ self._projection(scale)
-        out = torch.empty(batch, kv_heads, own_selections, blocks, device=query.device)
+        out = torch.empty(batch, kv_heads, own_selections, blocks, device=query.device, dtype=torch.float32)
         for (_, vectors, codes), place in zip(self.codes, self.places, strict=True):
             rows, capacity, size = batch * place.numel(), *codes.data.shape[2:]
             stored = codes.data.view(rows, capacity * vectors, size // vectors)[:, : blocks * vectors]

@@ -46,13 +46,13 @@ class Edges:
 
     def scored(self, positions: Tensor, blocks: int) -> Tensor:
         """Return bool [M, N]: blocks that a query at each of `positions` has to choose from."""
-        ids = torch.arange(blocks)
+        ids = torch.arange(blocks, device="cpu")
         first_recent = (positions + 1) // self.block_size - self.recent
         return (ids >= self.sinks) & (ids < first_recent[:, None])
 
     def sealed(self, positions: Tensor, blocks: int) -> Tensor:
         """Return bool [M, N]: blocks that were full before a query at each of `positions`."""
-        return torch.arange(blocks) < ((positions[:, None] + 1) // self.block_size)
+        return torch.arange(blocks, device="cpu") < ((positions[:, None] + 1) // self.block_size)
 
 
 class Projection(torch.nn.Module):
@@ -94,14 +94,25 @@ def starting_map(samples: Sequence[LayerSample], rank: int) -> DigestMap:
     """Return the best directions under the Gaussian assumption; projected keys have unit variance."""
     heads, dim = samples[0].keys.shape[0], samples[0].keys.shape[2]
     total = sum(sample.keys.shape[1] for sample in samples)
-    centre = sum((sample.keys.float().sum(1) for sample in samples), torch.zeros(heads, dim)) / total
-    query_moment, key_moment = torch.zeros(heads, dim, dim), torch.zeros(heads, dim, dim)
+    centre = (
+        sum(
+            (sample.keys.float().sum(1) for sample in samples),
+            torch.zeros(heads, dim, dtype=torch.float32, device="cpu"),
+        )
+        / total
+    )
+    query_moment, key_moment = (
+        torch.zeros(heads, dim, dim, dtype=torch.float32, device="cpu"),
+        torch.zeros(heads, dim, dim, dtype=torch.float32, device="cpu"),
+    )
     for sample in samples:
         queries, keys = sample.queries.float().flatten(1, 2), sample.keys.float() - centre[:, None]
         query_moment += queries.transpose(1, 2) @ queries / queries.shape[1] / len(samples)
         key_moment += keys.transpose(1, 2) @ keys / total
     small = 0.02 * query_moment.diagonal(dim1=1, dim2=2).mean(1)
-    values, vectors = torch.linalg.eigh(query_moment + small[:, None, None] * torch.eye(dim))
+    values, vectors = torch.linalg.eigh(
+        query_moment + small[:, None, None] * torch.eye(dim, dtype=torch.float32, device="cpu")
+    )
     root = (vectors * values.sqrt()[:, None]) @ vectors.transpose(1, 2)
     inverse = (vectors * values.rsqrt()[:, None]) @ vectors.transpose(1, 2)
     strength, directions = torch.linalg.eigh(root @ key_moment @ root)
@@ -112,12 +123,14 @@ def starting_map(samples: Sequence[LayerSample], rank: int) -> DigestMap:
 
 def _draw(rng: random.Random, sample: LayerSample, edges: Edges, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return queries [Hkv, G, M, D], whole blocks of keys, attention per block [Hkv, M, N], positions [M]."""
-    chosen = torch.tensor(rng.sample(range(len(sample.positions)), min(count, len(sample.positions))))
+    chosen = torch.tensor(
+        rng.sample(range(len(sample.positions)), min(count, len(sample.positions))), dtype=torch.int64, device="cpu"
+    )
     queries, positions = sample.queries[:, :, chosen].float(), sample.positions[chosen]
     blocks = sample.keys.shape[1] // edges.block_size
     keys = sample.keys[:, : blocks * edges.block_size].float()
     logits = (queries.flatten(1, 2) @ keys.transpose(-1, -2) * edges.scale).view(*queries.shape[:3], -1)
-    logits = logits.masked_fill(torch.arange(keys.shape[1]) > positions[:, None], -torch.inf)
+    logits = logits.masked_fill(torch.arange(keys.shape[1], device="cpu") > positions[:, None], -torch.inf)
     mass = torch.softmax(logits, -1).unflatten(-1, (-1, edges.block_size)).sum(-1).mean(1)
     return queries, keys, mass, positions
 
@@ -155,7 +168,7 @@ def train_projection(
 def lost_mass(projection: Projection, samples: Sequence[LayerSample], edges: Edges, share: float, seed: str) -> Tensor:
     """Return [Hkv]: attention that the best blocks hold and the chosen ones do not, choosing `share` of all blocks."""
     rng = random.Random(seed)
-    lost = torch.zeros(projection.keys.shape[0])
+    lost = torch.zeros(projection.keys.shape[0], dtype=torch.float32, device="cpu")
     for sample in samples:
         queries, keys, mass, positions = _draw(rng, sample, edges, 64)
         blocks = mass.shape[-1]

@@ -32,7 +32,7 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     p, q = (torch.cat((x, (1 - x.sum(-1, keepdim=True)).clamp_min(0)), -1) for x in (p.double(), q.double()))
     m = (p + q) / 2
     return ((torch.xlogy(p, p) + torch.xlogy(q, q)) / 2 - torch.xlogy(m, m)).sum(-1).clamp_min(0) / torch.log(
-        torch.tensor(2.0, dtype=torch.float64)
+        torch.tensor(2.0, dtype=torch.float64, device="cpu")
     )
 
 
@@ -41,7 +41,7 @@ def similarities(rows: Tensor, kv_heads: int) -> Tensor:
     layers, heads = rows.shape[:2]
     if heads % kv_heads:
         raise ShapeError(f"got {heads} query heads for {kv_heads} kv heads, expected whole groups")
-    found = torch.ones(kv_heads, layers, layers)
+    found = torch.ones(kv_heads, layers, layers, dtype=torch.float32, device="cpu")
     for low in range(layers):
         for high in range(low + 1, layers):
             each = 1 - jensen_shannon(rows[low], rows[high]).mean(-1)  # [Hq]
@@ -115,7 +115,11 @@ class LayerGroups:
 
     def regrouped(self, delta: float) -> "LayerGroups":
         """Return the groups that another `delta` makes of the same similarities."""
-        return grouped(torch.tensor(self.similarity), delta, **{name: getattr(self, name) for name in SAID})
+        return grouped(
+            torch.tensor(self.similarity, dtype=torch.float32, device="cpu"),
+            delta,
+            **{name: getattr(self, name) for name in SAID},
+        )
 
     def save(self, path: Path) -> None:
         """Write it as JSON, all of it or nothing. Raises `OutputError`."""

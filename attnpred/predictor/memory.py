@@ -59,7 +59,7 @@ class Columns:
     def clear(self) -> None:
         """Forget everything and release the memory."""
         self.count = 0
-        self.data = torch.empty(0)
+        self.data = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def reserve(self, batch: int, heads: int, columns: int, device: torch.device) -> Tensor:
         """Have at least `columns` columns; return the first `columns`."""

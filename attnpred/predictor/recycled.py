@@ -36,7 +36,7 @@ class Recycling(Memory):
 
     def clear(self) -> None:
         super().clear()
-        self.since = self.known = self.query = torch.empty(0)
+        self.since = self.known = self.query = torch.empty(0, dtype=torch.float32, device="cpu")
         self.is_due = False
 
     def wants_all(self, query: Tensor) -> Tensor | None:
@@ -60,7 +60,10 @@ class Recycling(Memory):
             current.copy_(new)
             self.since = torch.zeros(batch, dtype=torch.int64, device=rows.device)
             self.known = torch.full_like(self.since, blocks)
-            self.query, self.is_due = torch.empty(0), False  # the query is looked at next
+            self.query, self.is_due = (
+                torch.empty(0, dtype=torch.float32, device="cpu"),
+                False,
+            )  # the query is looked at next
             return
         full = attended.flatten(1).all(1)
         came_later = torch.arange(blocks, device=rows.device) >= self.known[:, None]

@@ -40,7 +40,7 @@ def estimates(document: Vectors, maps: Sequence[DigestMap | None], edges: Edges)
         digest = Digest(edges.block_size, maps[layer])
         digest.seal(document.keys[layer][None, :, : blocks * edges.block_size].float())
         queries = document.queries[layer].float()
-        rows = torch.full((steps, heads, blocks), FLOOR)
+        rows = torch.full((steps, heads, blocks), FLOOR, dtype=torch.float32, device="cpu")
         for step, count in enumerate(sealed):
             rows[step, :, :count] = digest.shares(queries[None, :, step], edges.scale, heads, count)[0]
         found.append(rows)
@@ -72,7 +72,7 @@ def replay(
         seen = -(-length // edges.block_size)
         sealed = length // edges.block_size
         stream.digest.estimate = estimate[step if correcting else step - 1][..., :sealed].expand(len(budgets), -1, -1)
-        chosen = torch.zeros(len(budgets), heads, blocks, dtype=torch.bool)
+        chosen = torch.zeros(len(budgets), heads, blocks, dtype=torch.bool, device="cpu")
         chosen[..., : edges.sinks] = chosen[..., first_recent:seen] = True
         if first_recent - edges.sinks > 0:
             yield Step(stream.features(edges.sinks, first_recent), truth.mass[:, step, edges.sinks : first_recent])

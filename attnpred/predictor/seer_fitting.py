@@ -61,7 +61,7 @@ def train_gate(
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         sample = rng.choice(samples)
         known = len(sample.positions)
-        picks = torch.tensor(rng.sample(range(known), min(queries, known)))
+        picks = torch.tensor(rng.sample(range(known), min(queries, known)), dtype=torch.int64, device="cpu")
         loss = gate_loss(GateMap(*weights), sample, picks, edges)
         optimizer.zero_grad()
         loss.backward()
@@ -75,7 +75,7 @@ def _start(vectors: Sequence[Tensor], rank: int, generator: torch.Generator) -> 
     """Return random projections [Hkv, W, r] that give `vectors` [Hkv, any, W] products of unit variance."""
     square = torch.stack([part.square().mean((1, 2)) for part in vectors]).mean(0)
     heads, _, width = vectors[0].shape
-    start = torch.randn(heads, width, rank, generator=generator)
+    start = torch.randn(heads, width, rank, generator=generator, dtype=torch.float32, device="cpu")
     return start / (square * width).sqrt().clamp_min(1e-6)[:, None, None]
 
 
@@ -83,12 +83,12 @@ def _start(vectors: Sequence[Tensor], rank: int, generator: torch.Generator) -> 
 def measured(gate: GateMap, sample: GateSample, edges: Edges, budgets: Sequence[float]) -> Tensor:
     """Return [2, budgets], of every 8th query and all heads: attention in the chosen blocks, and in the best ones."""
     assert sample.mass is not None
-    every = torch.arange(0, len(sample.positions), 8)
+    every = torch.arange(0, len(sample.positions), 8, device="cpu")
     blocks = sample.keys.shape[1]
     scored = edges.scored(sample.positions[every], blocks)
     logits = gate.logits(sample.queries[:, every], sample.keys @ gate.keys).masked_fill(~scored, -1e9)
     mass = sample.mass[:, every] * scored
-    found = torch.zeros(2, len(budgets))
+    found = torch.zeros(2, len(budgets), dtype=torch.float32, device="cpu")
     for i, budget in enumerate(budgets):
         count = max(1, int(budget * blocks) - edges.sinks - edges.recent - 1)
         found[0, i] = mass.gather(-1, logits.topk(count, -1).indices).sum()

@@ -91,7 +91,7 @@ class SeerGate(nn.Module):
 
     def __init__(self, layers: int, heads: int, group: int, head_dim: int, rank: int) -> None:
         super().__init__()
-        channels = torch.eye(head_dim, rank, dtype=torch.float16)
+        channels = torch.eye(head_dim, rank, dtype=torch.float16, device="cpu")
         means = channels.new_zeros(POOLS * head_dim, rank)
         means[-head_dim:] = channels
         self.queries = nn.Parameter(channels.repeat(layers, heads, group, 1))

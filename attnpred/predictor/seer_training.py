@@ -101,7 +101,10 @@ def train_seer(
         gates.append(kept)
         checks = [_sample(reader, name, layer, with_mass=True) for name in held_out]
         shares += [measured(kept, sample, edges, config.budgets) for sample in checks]
-        losses += [float(gate_loss(kept, sample, torch.arange(len(sample.positions)), edges)) for sample in checks]
+        losses += [
+            float(gate_loss(kept, sample, torch.arange(len(sample.positions), device="cpu"), edges))
+            for sample in checks
+        ]
     predictor = _predictor(meta, config, len(training), gates)
     got, best = torch.stack(shares).sum(0)
     result = SeerResult(
@@ -127,7 +130,7 @@ def _sample(reader: TraceReader, name: str, layer: int, with_mass: bool = False)
         queries,
         pooled(vectors.keys[0, :, : blocks * size].unflatten(1, (-1, size))),
         reader.load(name, layer).rows[..., :blocks],
-        vectors.first + torch.arange(queries.shape[1]),
+        vectors.first + torch.arange(queries.shape[1], device="cpu"),
         mass,
     )
 

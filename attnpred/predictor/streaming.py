@@ -29,7 +29,7 @@ PEAKS = (0.02, 0.1)
 FEATURES = 2 + len(PEAKS)
 """The estimate, the peaks, and the logarithm of the distance."""
 
-_RATES = torch.tensor(PEAKS)
+_RATES = torch.tensor(PEAKS, dtype=torch.float32, device="cpu")
 
 
 @final
@@ -42,7 +42,7 @@ class Stream(Memory):
         """Of forecast (False) and correction (True), as whoever scores has prepared them."""
         self.digest = Digest(block_size, digest_map)
         self.peaks = Columns(before=(len(PEAKS),), fill=FLOOR)
-        self.distances = torch.empty(0)
+        self.distances = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def tables(self) -> Sequence[Columns]:
         return (self.peaks,)
@@ -132,16 +132,16 @@ class StreamingNetwork(nn.Module):
 
     def __init__(self, layers: int = 1, heads: int = 1, head_dim: int = 0, rank: int = 0) -> None:
         super().__init__()
-        start = torch.zeros(layers, heads, FEATURES)
+        start = torch.zeros(layers, heads, FEATURES, dtype=torch.float32, device="cpu")
         start[..., 0] = 1.0
         self.correction = nn.Parameter(start.clone())
         start[..., 1 : 1 + len(PEAKS)] = 1.0 / len(PEAKS)
         self.forecast = nn.Parameter(start)
         if rank:
-            self.keys = nn.Parameter(torch.zeros(layers, heads, head_dim, rank))
-            self.queries = nn.Parameter(torch.zeros(layers, heads, head_dim, rank))
-            self.centre = nn.Parameter(torch.zeros(layers, heads, head_dim))
-            self.vectors = nn.Parameter(torch.ones(layers, heads))
+            self.keys = nn.Parameter(torch.zeros(layers, heads, head_dim, rank, dtype=torch.float32, device="cpu"))
+            self.queries = nn.Parameter(torch.zeros(layers, heads, head_dim, rank, dtype=torch.float32, device="cpu"))
+            self.centre = nn.Parameter(torch.zeros(layers, heads, head_dim, dtype=torch.float32, device="cpu"))
+            self.vectors = nn.Parameter(torch.ones(layers, heads, dtype=torch.float32, device="cpu"))
         self.rank = rank
 
     def digest_map(self, layer: int) -> DigestMap | None:

@@ -156,7 +156,10 @@ def plain_mixtures() -> list[Tensor]:
     """Return weights that nobody trained, [1, F]: the digest's estimate and more or less of the peaks."""
     peaks = len(PEAKS)
     shares = [2.0**i / (2**peaks - 1) for i in range(peaks)]  # the faster a peak fades, the more it tells
-    return [torch.tensor([[1.0, *(part * share for share in shares), 0.0]]) for part in (0.15, 0.3, 0.6, 1.2)]
+    return [
+        torch.tensor([[1.0, *(part * share for share in shares), 0.0]], dtype=torch.float32, device="cpu")
+        for part in (0.15, 0.3, 0.6, 1.2)
+    ]
 
 
 def best_of(
@@ -191,7 +194,10 @@ class _Loop:
 
 def _measured(loops: Sequence[_Loop], config: StreamingConfig, weights: Tensor, correcting: bool) -> dict[str, float]:
     """Return, by budget, the attention between sinks and recent window that was chosen, of what the best blocks hold."""
-    got, best = torch.zeros(len(config.budgets)), torch.zeros(len(config.budgets))
+    got, best = (
+        torch.zeros(len(config.budgets), dtype=torch.float32, device="cpu"),
+        torch.zeros(len(config.budgets), dtype=torch.float32, device="cpu"),
+    )
     for loop in loops:
         edges = loop.edges
         for step in loop.steps(config, weights, correcting, every=4):
@@ -254,7 +260,7 @@ def _digest_maps(
 def _sample(reader: TraceReader, name: str, layer: int) -> LayerSample:
     document, heads = reader.vectors(name, layer), reader.meta.heads
     queries = document.queries[0]
-    positions = document.first + torch.arange(queries.shape[1])
+    positions = document.first + torch.arange(queries.shape[1], device="cpu")
     return LayerSample(queries.unflatten(0, (heads, -1)), document.keys[0], positions)
 
 
@@ -290,7 +296,10 @@ def _empty(meta: TraceMeta, config: StreamingConfig, documents: int, maps: Seque
         for layer, found in enumerate(maps):
             if found is not None:
                 network.keys[layer], network.queries[layer] = found.keys, found.queries
-                network.centre[layer], network.vectors[layer] = found.centre, torch.tensor(found.vectors).float()
+                network.centre[layer], network.vectors[layer] = (
+                    found.centre,
+                    torch.tensor(found.vectors, dtype=torch.float32, device="cpu"),
+                )
     return predictor
 
 

@@ -124,8 +124,8 @@ class TraceWriter:
             raise TraceError(f"got rows of {name!r} from {span}, expected probabilities: capture after the softmax")
         # a mistake of one row or one block would train without complaint, so look right of each query's own block
         start = num_blocks(first + 1, self.meta.block_size)
-        last_block = torch.arange(first, first + rows.shape[2]) // self.meta.block_size
-        later = torch.arange(start, rows.shape[3])[None] > last_block[:, None]  # [T, N - start]
+        last_block = torch.arange(first, first + rows.shape[2], device="cpu") // self.meta.block_size
+        later = torch.arange(start, rows.shape[3], device="cpu")[None] > last_block[:, None]  # [T, N - start]
         if bool((rows[..., start:] * later).any()):
             raise TraceError(
                 f"got {name!r} with attention after its query, expected zeros: check first={first} and mask"

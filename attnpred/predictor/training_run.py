@@ -107,4 +107,7 @@ class TrainingRun:
             with torch.no_grad():
                 parameter.copy_(tensors[f"weight/{name}"])
             moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in _MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.step), dtype=torch.float32, device="cpu"),
+                **moments,
+            }

@@ -37,7 +37,7 @@ class Turning(Memory):
 
     def clear(self) -> None:
         super().clear()
-        self.query = self.before = self.likeness = torch.empty(0)
+        self.query = self.before = self.likeness = torch.empty(0, dtype=torch.float32, device="cpu")
 
     @property
     def sealed(self) -> int:
@@ -63,7 +63,7 @@ class Turning(Memory):
     def crop(self, columns: int) -> None:
         super().crop(columns)
         # What was said of blocks that are gone, or of tokens that come anew, is no choice to keep to.
-        self.query = self.before = self.likeness = torch.empty(0)
+        self.query = self.before = self.likeness = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)

@@ -54,7 +54,7 @@ class Chain(Tier):
         tier.read(place, buffers)
 
     def read_many(self, places: Tensor, into: Tensor) -> None:
-        bounds = torch.arange(len(self._tiers) + 1) << PLACE_BITS
+        bounds = torch.arange(len(self._tiers) + 1, device="cpu") << PLACE_BITS
         cuts = torch.searchsorted(places, bounds).tolist()
         for tier, first, last in zip(self._tiers, cuts, cuts[1:], strict=False):
             if last > first:

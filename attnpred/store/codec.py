@@ -180,7 +180,7 @@ def checks(units: Tensor) -> Tensor:
     if _HAS_NUMBA and units.device.type == "cpu":
         from attnpred.kernels.numba_read import unit_checks  # compiled when it is first needed
 
-        found = torch.empty(words.shape[0], dtype=torch.int32)
+        found = torch.empty(words.shape[0], dtype=torch.int32, device="cpu")
         unit_checks(words.numpy(), weights.numpy(), first, found.numpy())
         return found
     step = max(1, _WORDS_AT_ONCE // words.shape[1] if units.device.type == "cpu" else words.shape[0])

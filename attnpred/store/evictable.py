@@ -42,7 +42,9 @@ class Evictable:
 
     def view(self) -> Tensor:
         """Return everything, [B, H, L, D]. Raises `StoreError` after blocks were given back."""
-        return torch.cat(self._pool.view(), 3) if self._pool.length else torch.empty(0)
+        return (
+            torch.cat(self._pool.view(), 3) if self._pool.length else torch.empty(0, dtype=torch.float32, device="cpu")
+        )
 
     def of(self, heads: slice) -> Tensor:
         """Return everything of these heads, [B, H', L, D]. Raises `StoreError` if they gave blocks back."""

@@ -79,7 +79,7 @@ class Fetcher:
             worker.start()
             self._workers.append(worker)
         on_gpu = device.type == "cuda"
-        landing = torch.empty(places.numel(), size, dtype=torch.uint8, pin_memory=on_gpu)
+        landing = torch.empty(places.numel(), size, dtype=torch.uint8, pin_memory=on_gpu, device="cpu")
         data, stream = landing, None
         if on_gpu:
             data = torch.empty(places.numel(), size, dtype=torch.uint8, device=device)

@@ -25,7 +25,7 @@ class Growing:
     def clear(self) -> None:
         """Forget everything and release the memory."""
         self.start = self.length = 0
-        self._held = torch.empty(0)
+        self._held = torch.empty(0, dtype=torch.float32, device="cpu")
         self._is_shared = False
 
     @property

@@ -48,7 +48,7 @@ class HostTier(Tier):
             self._used += size
         try:
             # Outside the lock: to pin much memory takes a while.
-            memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin, device="cpu")
         except RuntimeError as error:
             with self._lock:
                 self._used -= size

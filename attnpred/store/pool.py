@@ -39,7 +39,10 @@ class BlockPool(Store):
     def clear(self) -> None:
         """Forget everything and release the memory."""
         self.length = 0
-        self._tensors = torch.empty(0), torch.empty(0)
+        self._tensors = (
+            torch.empty(0, dtype=torch.float32, device="cpu"),
+            torch.empty(0, dtype=torch.float32, device="cpu"),
+        )
         self._deferred: Callable[[int], tuple[Tensor, Tensor]] | None = None  # reads them, for a context of that length
         self._is_shared = False
 

@@ -49,9 +49,11 @@ def read_many(fd: int, places: Tensor, into: Tensor, name: str) -> None:
 def _read_natively(fd: int, places: Tensor, into: Tensor) -> int:
     """Return how many pieces were read; fewer than all of them after an error."""
     from attnpred.kernels.numba_read import read_many as read  # compiled when it is first needed
+    from attnpred.kernels.numba_tools import address
 
-    scratch = torch.empty(LONGEST, dtype=torch.uint8)
-    return int(read(fd, places.numpy(), into.shape[1], into.data_ptr(), scratch.data_ptr(), LONGEST, GAP))
+    scratch = torch.empty(LONGEST, dtype=torch.uint8, device="cpu")
+    target, spare = address(into, torch.uint8), address(scratch, torch.uint8)
+    return int(read(fd, places.numpy(), into.shape[1], target, spare, LONGEST, GAP))
 
 
 def read_fully(fd: int, place: int, buffers: Sequence[memoryview], name: str) -> None:

@@ -28,9 +28,9 @@ class Records:
         self.tier, self.units, self.unit_bytes = tier, units, unit_bytes
         self.record_bytes = units * unit_bytes
         self.per_segment = max(1, SEGMENT_BYTES // self.record_bytes)
-        self.address = torch.empty(0, dtype=torch.int64)
-        self.users = torch.empty(0, dtype=torch.int32)
-        self.checks = torch.empty(0, units, dtype=torch.int32)
+        self.address = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.users = torch.empty(0, dtype=torch.int32, device="cpu")
+        self.checks = torch.empty(0, units, dtype=torch.int32, device="cpu")
         self.free: list[int] = []
         self.begins: set[int] = set()  # places of segments: no write crosses one
         self.holders = 1
@@ -40,16 +40,16 @@ class Records:
         """Return the ids of `count` records to be written, each with one user. Raises `TierFullError`."""
         while len(self.free) < count:
             self._extend(self.tier.allocate(self.per_segment * self.record_bytes), self.per_segment)
-        ids = torch.tensor([heapq.heappop(self.free) for _ in range(count)], dtype=torch.int64)
+        ids = torch.tensor([heapq.heappop(self.free) for _ in range(count)], dtype=torch.int64, device="cpu")
         self.users[ids] = 1
         return ids
 
     def _extend(self, place: int, count: int) -> None:
         known = self.address.numel()
         self.begins.add(place)
-        self.address = torch.cat((self.address, place + torch.arange(count) * self.record_bytes))
-        self.users = torch.cat((self.users, torch.zeros(count, dtype=torch.int32)))
-        self.checks = torch.cat((self.checks, torch.zeros(count, self.units, dtype=torch.int32)))
+        self.address = torch.cat((self.address, place + torch.arange(count, device="cpu") * self.record_bytes))
+        self.users = torch.cat((self.users, torch.zeros(count, dtype=torch.int32, device="cpu")))
+        self.checks = torch.cat((self.checks, torch.zeros(count, self.units, dtype=torch.int32, device="cpu")))
         for record in range(known, known + count):
             heapq.heappush(self.free, record)
 
@@ -57,7 +57,7 @@ class Records:
         """Take over records of a saved cache, one after the other from `place` on, checks [n, units]; return their ids."""
         assert not self.free
         self._extend(place, checks.shape[0])
-        ids = torch.tensor(self.free, dtype=torch.int64)
+        ids = torch.tensor(self.free, dtype=torch.int64, device="cpu")
         self.free = []
         self.checks[ids] = checks
         self.users[ids] = 2  # the file is a user that never drops them: nothing is written there
@@ -80,12 +80,12 @@ class Records:
     def share(self, ids: Tensor) -> None:
         """Count one user more for every mention of a record in `ids`."""
         flat = ids.flatten()
-        self.users.index_add_(0, flat, torch.ones(flat.numel(), dtype=torch.int32))
+        self.users.index_add_(0, flat, torch.ones(flat.numel(), dtype=torch.int32, device="cpu"))
 
     def drop(self, ids: Tensor) -> None:
         """Count one user less for every mention; records that nobody uses are free."""
         flat = ids.flatten()
-        self.users.index_add_(0, flat, torch.full((flat.numel(),), -1, dtype=torch.int32))
+        self.users.index_add_(0, flat, torch.full((flat.numel(),), -1, dtype=torch.int32, device="cpu"))
         for record in flat.unique()[self.users[flat.unique()] == 0].tolist():
             heapq.heappush(self.free, record)
 

@@ -53,7 +53,9 @@ class SealedBlocks:
         """Return none yet, for keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] of this kind."""
         codec = CODECS[backing.codec](block_size, keys.shape[3], values.shape[3], keys.dtype)
         records = Records(backing.tier, keys.shape[1], codec.unit_bytes)
-        return cls(backing, block_size, codec, records, torch.empty(keys.shape[0], 0, dtype=torch.int64), layer)
+        return cls(
+            backing, block_size, codec, records, torch.empty(keys.shape[0], 0, dtype=torch.int64, device="cpu"), layer
+        )
 
     @classmethod
     def adopt(
@@ -114,9 +116,9 @@ class SealedBlocks:
         size = self.records.record_bytes
         fetch = self.backing.fetcher.start(places[order], size, self.records.unit_bytes, device)
         counts.bytes_streamed += ids.numel() * size
-        units = places[order][:, None] + torch.arange(self.heads) * self.records.unit_bytes
+        units = places[order][:, None] + torch.arange(self.heads, device="cpu") * self.records.unit_bytes
         blocks = (first + order % (last - first)).repeat_interleave(self.heads)
-        rows = (order[:, None] // (last - first) * self.heads + torch.arange(self.heads)).flatten()
+        rows = (order[:, None] // (last - first) * self.heads + torch.arange(self.heads, device="cpu")).flatten()
         return Coming(rows, blocks, units.flatten(), self.records.checks[ids[order]].flatten(), fetch)
 
     def finish_blocks(self, coming: Coming, counts: LayerCounts) -> tuple[Tensor, Tensor]:
@@ -144,10 +146,10 @@ class SealedBlocks:
     def units(self) -> Iterator[Tensor]:
         """Yield all units as they were written, for an `Export`."""
         counts, host = LayerCounts(), torch.device("cpu")  # saving is no decoding, and not counted
-        step, heads = blocks_per_piece(self.records.record_bytes), torch.arange(self.heads)
+        step, heads = blocks_per_piece(self.records.record_bytes), torch.arange(self.heads, device="cpu")
         for row in range(self.batch):
             for first in range(0, self.count, step):
-                blocks = torch.arange(first, min(first + step, self.count))
+                blocks = torch.arange(first, min(first + step, self.count), device="cpu")
                 rows = (row * self.heads + heads).repeat(blocks.numel())
                 coming = self.start_units(rows, blocks.repeat_interleave(self.heads), host, counts)
                 yield self.finish(coming, counts)[(coming.blocks * self.heads + coming.rows).argsort()]
@@ -181,7 +183,7 @@ class SealedBlocks:
 
     def _again(self, coming: Coming, unit: int) -> Tensor:
         where = f"layer {self.layer}, block {int(coming.blocks[unit])}"
-        data = torch.empty(1, self.records.unit_bytes, dtype=torch.uint8)
+        data = torch.empty(1, self.records.unit_bytes, dtype=torch.uint8, device="cpu")
         try:
             self.backing.tier.read(int(coming.places[unit]), [buffer(data)])
         except StoreError as error:

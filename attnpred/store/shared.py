@@ -148,7 +148,7 @@ class SharedPool(Store):
         """Return keys [B, Hkv, stop - start, D], the layer's own where they are near to the last token."""
         keys = torch.cat([self.distant(*run)[:, :, start:stop] for run in self.runs()], 1)
         places = torch.arange(start, stop, device=keys.device)
-        last = torch.tensor([self.length - 1], device=keys.device)
+        last = torch.tensor([self.length - 1], device=keys.device, dtype=torch.int64)
         is_near = Split(self.split.sinks, self.split.recent, self.first).near(last, places)[:, 0]  # [B or 1, T]
         for part in self.near():
             low, high = max(start, part.start), min(stop, part.start + part.keys.shape[2])

@@ -18,9 +18,9 @@ class SlotTable:
     """slot_of [R, N]: slot of each block, `ABSENT` or `COMING`; block_in [R, S]: block of each slot, -1 for an empty one."""
 
     def __init__(self, rows: int, slots: int) -> None:
-        self.slot_of = torch.full((rows, 0), ABSENT, dtype=torch.int32)
-        self.block_in = torch.full((rows, slots), -1, dtype=torch.int32)
-        self.wanted = torch.full((rows, slots), -1, dtype=torch.int32)
+        self.slot_of = torch.full((rows, 0), ABSENT, dtype=torch.int32, device="cpu")
+        self.block_in = torch.full((rows, slots), -1, dtype=torch.int32, device="cpu")
+        self.wanted = torch.full((rows, slots), -1, dtype=torch.int32, device="cpu")
         self.clock = 0
 
     @property
@@ -30,12 +30,12 @@ class SlotTable:
 
     def add_blocks(self, count: int) -> None:
         """Let there be `count` more blocks, all absent."""
-        added = torch.full((self.slot_of.shape[0], count), ABSENT, dtype=torch.int32)
+        added = torch.full((self.slot_of.shape[0], count), ABSENT, dtype=torch.int32, device="cpu")
         self.slot_of = torch.cat((self.slot_of, added), 1)
 
     def add_slots(self, count: int) -> None:
         """Let there be `count` more slots, all empty."""
-        added = torch.full((self.slot_of.shape[0], count), -1, dtype=torch.int32)
+        added = torch.full((self.slot_of.shape[0], count), -1, dtype=torch.int32, device="cpu")
         self.block_in, self.wanted = torch.cat((self.block_in, added), 1), torch.cat((self.wanted, added), 1)
 
     def want(self, needed: Tensor) -> None:
@@ -51,7 +51,7 @@ class SlotTable:
         """
         order = rows.argsort(stable=True)
         counts = torch.bincount(rows, minlength=self.slot_of.shape[0])
-        rank = torch.arange(rows.numel()) - (counts.cumsum(0) - counts)[rows[order]]
+        rank = torch.arange(rows.numel(), device="cpu") - (counts.cumsum(0) - counts)[rows[order]]
         slots = torch.empty_like(rows)
         slots[order] = self.wanted.argsort(1)[rows[order], rank]
         old = self.block_in[rows, slots].long()

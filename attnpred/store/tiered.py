@@ -49,11 +49,11 @@ class TieredStore(Store):
         if self.sealed is not None:
             self.sealed.crop(0)
         self.length = 0
-        self.keys = self.values = torch.empty(0)
+        self.keys = self.values = torch.empty(0, dtype=torch.float32, device="cpu")
         self.sealed = None
         self.table = SlotTable(0, 0)
-        self.open_slots = torch.empty(0, dtype=torch.int64)
-        self.aim, self.aim_blocks = torch.empty(0, 0, dtype=torch.bool), 0  # what was last asked for
+        self.open_slots = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.aim, self.aim_blocks = torch.empty(0, 0, dtype=torch.bool, device="cpu"), 0  # what was last asked for
 
     @property
     def heads(self) -> int:
@@ -106,7 +106,7 @@ class TieredStore(Store):
         self.length += whole
         if taken + whole < tokens:
             self.table.add_blocks(1)
-            rows = torch.arange(self.batch * self.heads)
+            rows = torch.arange(self.batch * self.heads, device="cpu")
             self.open_slots = self.table.place(rows, torch.full_like(rows, self.length // size))
             self._fill_open(sealed, keys[:, :, taken + whole :], values[:, :, taken + whole :])
 
@@ -117,8 +117,8 @@ class TieredStore(Store):
         self.sealed = SealedBlocks.begin(self.backing, self.block_size, self.keys, self.values, self.layer)
         self.table = SlotTable(rows, self.keys.shape[2] // self.block_size)
         self.table.add_blocks(blocks)
-        self.table.slot_of[:] = self.table.block_in[:, :blocks] = torch.arange(blocks, dtype=torch.int32)
-        self.open_slots = torch.full((rows,), blocks - 1)
+        self.table.slot_of[:] = self.table.block_in[:, :blocks] = torch.arange(blocks, dtype=torch.int32, device="cpu")
+        self.open_slots = torch.full((rows,), blocks - 1, dtype=torch.int64, device="cpu")
         full = self.length // self.block_size * self.block_size
         if full:
             units = self.sealed.write(self.keys[:, :, :full], self.values[:, :, :full], self.counts)
@@ -131,7 +131,7 @@ class TieredStore(Store):
         """Keep `slots` slots, with the open block in the first."""
         is_open = self.length % self.block_size > 0
         opened = [self._open(x) for x in (self.keys, self.values)] if is_open else []
-        rows = torch.arange(self.batch * self.heads)
+        rows = torch.arange(self.batch * self.heads, device="cpu")
         self._resize(slots)
         self.table = SlotTable(rows.numel(), slots)
         self.table.add_blocks(num_blocks(self.length, self.block_size))
@@ -193,7 +193,7 @@ class TieredStore(Store):
         if bool((slots < 0).any()):
             coming = self.sealed.start_blocks(first, last, self.keys.device, self.counts)
             return self.sealed.finish_blocks(coming, self.counts)[0]
-        rows = torch.arange(slots.shape[0])[:, None]
+        rows = torch.arange(slots.shape[0], device="cpu")[:, None]
         return self._slot_view(self.keys)[rows, slots].flatten(1, 2).unflatten(0, (self.batch, -1))
 
     def view(self) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,7 @@ class TieredStore(Store):
         """
         blocks = self.table.slot_of.shape[1]
         ids = selection.cpu().view(self.batch * self.heads, -1)
-        marked = torch.zeros(ids.shape[0], blocks + 1, dtype=torch.bool)
+        marked = torch.zeros(ids.shape[0], blocks + 1, dtype=torch.bool, device="cpu")
         marked.scatter_(1, ids.masked_fill((ids < 0) | (ids > blocks), blocks), True)
         if self.length % self.block_size:
             marked[:, blocks - 1] = True
@@ -303,7 +303,9 @@ class TieredStore(Store):
         if sealed is not None:
             self._abandon()
             if length % self.block_size and opened < sealed.count:  # a sealed block is open again
-                self.open_slots = self.wait(torch.full((self.batch, self.heads, 1), opened)).slots.flatten()
+                self.open_slots = self.wait(
+                    torch.full((self.batch, self.heads, 1), opened, dtype=torch.int64, device="cpu")
+                ).slots.flatten()
             sealed.crop(opened)
             self.table.crop(num_blocks(length, self.block_size))
         self.length = length
@@ -314,7 +316,7 @@ class TieredStore(Store):
             rows = rows.nonzero().flatten()
         if self.sealed is not None:
             self._settle(self.sealed)
-            heads = (rows[:, None] * self.heads + torch.arange(self.heads)).flatten()
+            heads = (rows[:, None] * self.heads + torch.arange(self.heads, device="cpu")).flatten()
             self.table.select(heads)
             self.open_slots = self.open_slots[heads]
             self.sealed.select(rows)
@@ -322,7 +324,7 @@ class TieredStore(Store):
         self.keys, self.values = self.keys[on_device].contiguous(), self.values[on_device].contiguous()
 
     def repeat(self, times: int) -> None:
-        self.select(torch.arange(self.batch).repeat_interleave(times))
+        self.select(torch.arange(self.batch, device="cpu").repeat_interleave(times))
 
     def fork(self, counts: LayerCounts) -> "TieredStore":
         """Return a second store with the same content: sealed blocks are shared, the slots are copied."""
@@ -362,7 +364,7 @@ class TieredStore(Store):
             self.length = sealed.count * self.block_size
             self.sealed, self.table = sealed, SlotTable(self.batch * self.heads, 0)
             self.table.add_blocks(sealed.count)
-            self.open_slots = torch.zeros(self.batch * self.heads, dtype=torch.int64)
+            self.open_slots = torch.zeros(self.batch * self.heads, dtype=torch.int64, device="cpu")
             self._resize(self.slots(self.length + keys.shape[2]))
         if keys.shape[2]:
             self.append(keys, values)

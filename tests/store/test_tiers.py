@@ -244,9 +244,9 @@ def test_pinned_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     empty = torch.empty
 
-    def asking(size: int, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+    def asking(size: int, dtype: torch.dtype, pin_memory: bool, device: str) -> torch.Tensor:
         asked.append(pin_memory)
-        return empty(size, dtype=dtype)
+        return empty(size, dtype=dtype, device=device)
 
     monkeypatch.setattr(torch, "empty", asking)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -65,7 +65,10 @@ class Perplexity(Task):
         steps = example.labels["steps"]
         context = len(example.tokens) - steps - 1
         cache = session.read(example.tokens[:context])
-        given, wanted = example.tokens[context:-1], torch.tensor(example.tokens[context + 1 :])
+        given, wanted = (
+            example.tokens[context:-1],
+            torch.tensor(example.tokens[context + 1 :], dtype=torch.int64, device="cpu"),
+        )
         found = session.follow(cache, given)
         bits = -found.gather(1, wanted[:, None])[:, 0] / math.log(2)
         for i, (part, ids) in enumerate(zip(bits.chunk(QUARTERS), wanted.chunk(QUARTERS), strict=True)):

@@ -54,7 +54,7 @@ class RecoveryTask(Task):
 
     def prepare(self, session: Session, example: Example) -> Example:
         """Capture the document."""
-        tokens = torch.tensor([example.tokens])
+        tokens = torch.tensor([example.tokens], dtype=torch.int64, device="cpu")
         kind, rows = example.labels["text"], example.labels["rows"]
         document = recovery.read_document(session.model, tokens, rows, kind, example.name, session.settings.block_size)
         return dataclasses.replace(example, reference=document)

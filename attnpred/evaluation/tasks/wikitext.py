@@ -53,7 +53,7 @@ class WikiText(Task):
         steps = example.labels["steps"]
         past = len(example.tokens) - steps - 1
         found = session.follow(session.read(example.tokens[:past]), example.tokens[past:-1])
-        targets = torch.tensor(example.tokens[past + 1 :])
+        targets = torch.tensor(example.tokens[past + 1 :], dtype=torch.int64, device="cpu")
         nats = -float(found.gather(1, targets[:, None]).sum())
         size = len(session.tokenizer.decode(targets).encode())
         yield Item(example.name, nats / math.log(2) / max(1, size), {"nats": nats, "steps": steps})

@@ -6,10 +6,10 @@ READY := .venv/.ready
 TOO_OLD = $(shell $(PYTHON) -c 'import sys; print(sys.version_info < (3, 10))' 2>&1 || echo none)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench results evidence docs lock clean
+.PHONY: help demo test test-real check lint bench results evidence docs lock clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
 
 $(READY): requirements.lock pyproject.toml
 	$(if $(filter False,$(TOO_OLD)),,$(error attnpred needs Python 3.10 or newer, and `$(PYTHON)` is not one: name another, as in `make PYTHON=python3.12`))
@@ -23,6 +23,9 @@ demo: $(READY) ## the main job on the embedded model; writes attention.png
 
 test: $(READY) ## all tests
 	$(PY) -m pytest -q
+
+test-real: $(READY) ## tests of a real model, which the package index has to give
+	$(PY) -m pytest -q -m real tests/real
 
 check: $(READY) ## the quick tests, under a minute
 	$(PY) -m pytest -q -m "not slow"

@@ -6,10 +6,10 @@ READY := .venv/.ready
 TOO_OLD = $(shell $(PYTHON) -c 'import sys; print(sys.version_info < (3, 10))' 2>&1 || echo none)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real check lint bench results evidence docs lock clean
+.PHONY: help demo test test-real check lint bench results evidence evidence-real docs lock clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 15
 
 $(READY): requirements.lock pyproject.toml
 	$(if $(filter False,$(TOO_OLD)),,$(error attnpred needs Python 3.10 or newer, and `$(PYTHON)` is not one: name another, as in `make PYTHON=python3.12`))
@@ -43,6 +43,10 @@ results: $(READY) ## run the demo for several policies into docs/results/demo.js
 
 evidence: $(READY) ## measure what docs/policies.md and docs/evidence.md show; hours, goes on where it was stopped
 	$(PY) -m tools.evidence
+	$(MAKE) --no-print-directory docs
+
+evidence-real: $(READY) ## the same for real models, which the package index has to give; goes on where it was stopped
+	$(PY) -m tools.evidence_real
 	$(MAKE) --no-print-directory docs
 
 docs: $(READY) ## rewrite what is generated: cli.md, speed.md, policies.md, evidence.md, tables of README.md and predictor.md

@@ -1,7 +1,8 @@
 """Write docs/evidence.md, the paper's claims beside what this project measured: no figure in it is typed by hand.
 
-`tools.evidence` makes the rows (`tools.recovery_results` those of recovery). `python -m tools.evidence_tables` writes the
-page, and `--check` only says (exit code 1) when it is out of date. What the paper says, and where, is in `CLAIMS`.
+`tools.evidence` makes the rows (`tools.recovery_results` those of recovery, `tools.evidence_real` those of real models).
+`python -m tools.evidence_tables` writes the page, and `--check` only says (exit code 1) when it is out of date. What the
+paper says, and where, is in `CLAIMS`.
 """
 
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import real_tables
 from tools.policy_claims import Row
 from tools.policy_tables import ROOT, _shown, load, number, share
 from tools.speed_tables import table
@@ -16,9 +18,10 @@ from tools.speed_tables import table
 PAGE: Path = ROOT / "docs" / "evidence.md"
 LOSS = 0.005
 EMA = "ema:rate=0.1,calibration_interval=5"
-HEAD = """# Evidence
+TITLE = """# Evidence
 
-Written by `make docs` from `docs/results`. Do not edit.
+Written by `make docs` from `docs/results`. Do not edit."""
+HEAD = """## The paper's claims, on the model that comes with this project
 
 What AttentionPredictor (arXiv 2502.04077) claims, beside what this project measures on the model that it ships: a language
 model of 5 million parameters, at 4,096 and 8,192 tokens. It can copy what it has read, and it cannot reason, so the tasks are
@@ -119,7 +122,8 @@ def page() -> str:
     for claim in CLAIMS:
         rows = load(claim.run)
         lines.append([claim.what, claim.paper, claim.shown(rows) if rows else "-", claim.remark])
-    return "\n\n".join((HEAD, table(["claim", "in the paper", "here", "remark"], lines))) + "\n"
+    claims = table(["claim", "in the paper", "here", "remark"], lines)
+    return "\n\n".join(part for part in (TITLE, real_tables.section(), HEAD, claims) if part) + "\n"
 
 
 def main(arguments: list[str]) -> int:

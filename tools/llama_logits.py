@@ -1,9 +1,9 @@
 """Compare the next token of SmolLM2 as we load it with llama.cpp's, on the same GGUF file: `python -m tools.llama_logits`.
 
 llama.cpp (the package xllamacpp, extra `rivals`) gives the log-probabilities of its ten likeliest tokens. It rounds
-activations to 8 bits where weights are in blocks, so it differs from exact arithmetic by more than the last bits; `difference`
-is the mean over those ten, in nats, and a *near-tie* a prompt whose two best tokens lie closer than `TIE` here. The same for
-weights rounded to bf16 says what storing them so would cost. Writes docs/results/llama_logits.json.
+activations to 8 bits where weights are in blocks, so it differs from exact arithmetic by more than the last bits:
+`difference` is the mean over those ten, in nats. A *near-tie* is a prompt whose two best tokens lie closer than `TIE` here.
+The same for weights rounded to bf16 says what storing them so would cost. Writes docs/results/llama_logits.json.
 """
 
 import json

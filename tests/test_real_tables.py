@@ -1,0 +1,52 @@
+"""Evidence on real models: the full cache decides what is compared, and what is left out is named."""
+
+from typing import Any
+
+from attnpred.evaluation.plan import FULL
+from tools import evidence_real, real_tables
+
+
+def row(policy: str, task: str, value: float, budget: float = 1.0, low: float | None = None) -> dict[str, Any]:
+    found = {
+        "model": "smollm2",
+        "length": 2048,
+        "n": 4,
+        "policy": policy,
+        "task": task,
+        "budget": budget,
+        "value": value,
+    }
+    return found | {"interval": [value if low is None else low, value], "tokens_attended": 131.0}
+
+
+ROWS = [
+    row("full", "passkey", 1.0),
+    row("full", "vt", 0.25, low=0.0),
+    row("quest", "passkey", 0.5, 0.076923),
+    row("quest", "vt", 0.5, 0.076923),
+]
+
+
+def test_a_task_at_chance_is_named_and_not_compared() -> None:
+    shown = real_tables.full_cache(ROWS)
+    assert "| smollm2 | vt | 2,048 | 4 | 0.25 [0.00, 0.25] | at chance: left out" in shown
+    compared = real_tables.comparison(ROWS, "smollm2", 2048)
+    assert "| `quest` | 1/13 | 131 | 0.50 [0.50, 0.50] |" in compared and "vt" not in compared
+
+
+def test_nothing_is_compared_where_the_full_cache_can_do_nothing() -> None:
+    assert real_tables.comparison(ROWS[1::2], "smollm2", 2048) == ""
+
+
+def test_what_was_not_measured_is_named() -> None:
+    assert "smollm2 needle at 2,048" in real_tables.not_run(ROWS)
+    assert "passkey at 2,048" not in real_tables.not_run(ROWS)
+
+
+def test_the_full_cache_comes_first_and_then_budget_after_budget() -> None:
+    plan = evidence_real.RUNS[0].plan()
+    for cells in evidence_real.groups(plan):
+        assert len({cell.task for cell in cells}) == 1
+        assert [cell.variant.label == FULL for cell in cells] == [True] + [False] * (len(cells) - 1)
+        budgets = [cell.budget for cell in cells[1:]]
+        assert list(dict.fromkeys(budgets)) == list(plan.budgets) and budgets == sorted(budgets)

@@ -1,0 +1,95 @@
+"""The first part of docs/evidence.md: what real models do with their full cache, and what the policies keep of it.
+
+Made from docs/results/real.jsonl (`make evidence-real`) and docs/results/llama_logits.json (`python -m tools.llama_logits`).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tools.evidence_real import RUNS, can
+from tools.policy_tables import RESULTS, load, share
+from tools.speed_tables import table
+
+Row = dict[str, Any]
+
+HEAD = """## Real models
+
+`make evidence-real`: SmolLM2-135M-Instruct and, where there are rows of it, Gemma 3 270M, as `attnpred models` fetches them, in
+fp32 on a CPU. Few documents a cell, because a CPU reads slowly: the intervals are wide, and a difference inside them is none. They
+are 95 % bootstrap intervals over documents; where all documents score the same they have no width, which says little for four.
+The policies are as shipped; nothing was tuned on these models."""
+
+
+def measured(value: Row) -> str:
+    """Return a value with its interval."""
+    low, high = value["interval"]
+    return f"{value['value']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def places(rows: Sequence[Row]) -> Iterator[tuple[str, int]]:
+    """Yield model and length, in the order in which they were measured."""
+    yield from dict.fromkeys((row["model"], row["length"]) for row in rows)
+
+
+def full_cache(rows: Sequence[Row]) -> str:
+    """Return what each model does with its full cache, and what is therefore compared."""
+    lines = []
+    for row in rows:
+        if row["policy"] == "full":
+            verdict = "compared" if can(row) else "at chance: left out of every comparison"
+            lines.append(
+                [row["model"], row["task"], f"{row['length']:,}", str(row["n"]), measured(row), verdict],
+            )
+    return table(["model", "task", "tokens", "documents", "full cache", ""], lines)
+
+
+def comparison(rows: Sequence[Row], model: str, length: int) -> str:
+    """Return policy by task at each budget, at one length; empty where nothing is compared."""
+    own = [row for row in rows if (row["model"], row["length"]) == (model, length)]
+    full = {row["task"]: row for row in own if row["policy"] == "full" and can(row)}
+    cells: dict[tuple[float, str], dict[str, Row]] = {}
+    for row in own:
+        if row["policy"] != "full" and row["task"] in full:
+            cells.setdefault((row["budget"], row["policy"]), {})[row["task"]] = row
+    if not cells:
+        return ""
+    lines = [["full", "all", f"{length:,}", *(measured(full[task]) for task in full)]]
+    for (budget, policy), found in sorted(cells.items(), key=lambda item: -item[0][0]):
+        attended = max(row["tokens_attended"] for row in found.values())
+        values = (measured(found[task]) if task in found else "-" for task in full)
+        lines.append([f"`{policy}`", share(budget), f"{attended:,.0f}", *values])
+    head = f"### {model}, {length:,} tokens, {next(iter(full.values()))['n']} documents a task"
+    return f"{head}\n\n{table(['policy', 'budget', 'tokens attended', *full], lines)}"
+
+
+def llama() -> str:
+    """Return how our load agrees with llama.cpp; empty where it was not measured."""
+    path = RESULTS / "llama_logits.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    exact, rounded = found["fp32"], found["bf16"]
+    return (
+        f"The load is checked against llama.cpp on the same GGUF file (`python -m tools.llama_logits`): of {exact['prompts']} prompts "
+        f"{exact['same']} have the same next token, {exact['near_ties']} are near-ties, and the log-probabilities of its ten "
+        f"likeliest tokens differ by {exact['difference']:.3f} nats on average, at most {exact['largest']:.2f} (llama.cpp rounds activations "
+        f"to 8 bits there). With weights rounded to bf16 it would be {rounded['difference']:.3f}."
+    )
+
+
+def not_run(rows: Sequence[Row]) -> str:
+    """Return the tasks of `RUNS` that there was no time for yet; empty where there are none."""
+    done = {(row["model"], row["length"], row["task"]) for row in rows}
+    wanted = [(run.model, run.length, task) for run in RUNS for task in run.tasks.split()]
+    left = [f"{model} {task} at {length:,}" for model, length, task in wanted if (model, length, task) not in done]
+    return f"Not measured yet: {', '.join(left)}." if left else ""
+
+
+def section() -> str:
+    """Return the part of the page; empty where nothing was measured."""
+    rows = load("real")
+    if not rows:
+        return ""
+    tables = (comparison(rows, model, length) for model, length in places(rows))
+    return "\n\n".join(part for part in (HEAD, full_cache(rows), not_run(rows), *tables, llama()) if part)

@@ -73,3 +73,17 @@ class MissingExtraError(AttnpredError, ImportError):
 def missing_extra(package: str, extra: str) -> MissingExtraError:
     """Return the error for a missing optional `package` that the extra `extra` brings."""
     return MissingExtraError(f"got no module {package!r}, expected it installed: pip install 'attnpred[{extra}]'")
+
+
+def closed_cache() -> StoreError:
+    """Return the error for any use of a cache after `close`, or while another thread closes it."""
+    return StoreError("got a cache that was closed, expected an open one: its context is gone, make a new cache")
+
+
+def forked_cache(made: int, here: int) -> StoreError:
+    """Return the error for a cache with a slow tier of process `made` that is used in its fork `here`."""
+    return StoreError(
+        f"got a cache of process {made} in process {here}, which was forked from it, expected one made in this process: a "
+        f"cache with a slow tier does not cross a fork, for its threads stay behind and its file has one owner; make it "
+        f"after the fork, or save it and load it there"
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnpred.config import CacheConfig
+from attnpred.errors import closed_cache
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.shared import Part, Shared, Split, shared_attention
 from attnpred.store.evicting import EvictingPool
@@ -60,6 +61,19 @@ class Sharing:
         assert not isinstance(store, EvictingPool)
         return store
 
+    def close(self) -> None:
+        """Let go of all stores; a call that runs in another thread keeps its own, and is refused the next."""
+        for store in self.stores.values():
+            if isinstance(store, SharedPool):
+                store.followers = []  # a cycle, which would keep the memory
+        self.stores = {}
+
+    def _open(self, layer: int) -> BlockPool | EvictingPool | SharedPool:
+        """Return the store of `layer`. Raises `StoreError` where they are gone."""
+        if layer not in self.stores:
+            raise closed_cache()
+        return self.stores[layer]
+
     def concerns(self, layer: int) -> bool:
         """True where dense calls of `layer` are to go through `attend`."""
         store = self.stores.get(layer)
@@ -73,7 +87,7 @@ class Sharing:
 
         mask [B or 1, Q, L], True where allowed, or None: causal. count: this is a decode step.
         """
-        store = self.stores[layer]
+        store = self._open(layer)
         split = Split(self.split.sinks, self.split.recent, _first(mask, store.batch))
         runs = store.runs() if isinstance(store, SharedPool) else [(0, store.heads)]
         group = query.shape[1] // store.heads
@@ -110,6 +124,7 @@ class Sharing:
             own = [Part(start, keys[:, begin : begin + last - first]) for start, keys in store.near()]
             if self.config.distant_gate is not None:
                 group = query.shape[1] // (last - first)
+                self._open(leader)
                 estimate = self.distant[leader][:, first * group : last * group]
         values = store.values if isinstance(store, SharedPool) else store.view()[1]
         tau = self.config.distant_gate
@@ -119,7 +134,7 @@ class Sharing:
 
     def settle(self, layer: int) -> None:
         """Let `layer` drop its own keys of tokens that are distant now."""
-        store = self.stores[layer]
+        store = self._open(layer)
         if isinstance(store, SharedPool):
             store.settle(store.first)
 

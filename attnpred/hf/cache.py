@@ -3,25 +3,27 @@
 import copy
 import functools
 import logging
+import os
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from attnpred import telemetry
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
-from attnpred.errors import NotSparseError, UnsupportedModelError
+from attnpred.errors import ConfigError, NotSparseError, StoreError, UnsupportedModelError, closed_cache, forked_cache
 from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
-from attnpred.hf.layer import TieredLayer
+from attnpred.hf.closed import ClosedLayer
+from attnpred.hf.layer import TieredLayer, holds_tokens
 from attnpred.hf.sizes import estimate_for
 from attnpred.hf.support import is_served, refuse_unsupported
 from attnpred.policies.base import Policy
@@ -89,6 +91,7 @@ class TieredCache(Cache):
                 for index, layer in enumerate(stock)
             ]
         )
+        self._first = next((index for index, layer in enumerate(self.layers) if holds_tokens(layer)), -1)
         self.decoders: dict[int, LayerDecoder] = {}
         self.tokens: Tensor | None = None
         """Ids [B, L] of what it holds, where they are known: after `generate` of an attached model, and when loaded."""
@@ -96,6 +99,15 @@ class TieredCache(Cache):
         """Tokens of a row whose blocks lie in the file that it was loaded from."""
         self._admitted = 0
         self._warned = False
+        self._is_closed = False
+        self._process = os.getpid()
+
+    def require_usable(self) -> None:
+        """Raise `StoreError` if it was closed, or has a slow tier and is used in another process than its own."""
+        if self._is_closed:
+            raise closed_cache()
+        if self.backing is not None and self._process != os.getpid():
+            raise forked_cache(self._process, os.getpid())
 
     def _make_store(self, index: int) -> Store:
         if self.sharing is not None:
@@ -122,6 +134,7 @@ class TieredCache(Cache):
 
     def decoder(self, index: int) -> LayerDecoder:
         """Return the decoder of attention layer `index`, made at its first use."""
+        self.require_usable()
         if index not in self.decoders:
             choosing = [i for i, layer in enumerate(self.layers) if type(layer) is TieredLayer]
             leader = self.policy.leader(index, [i for i in choosing if not self.settings.is_dense_layer(i)])
@@ -191,17 +204,24 @@ class TieredCache(Cache):
         return copy.deepcopy(self)
 
     def close(self) -> None:
-        """Free all memory, and the file if there is one and no fork uses it. The cache cannot be used afterwards."""
-        for layer in self.layers:
-            if type(layer) is TieredLayer:
-                layer.store.clear()
-        for decoder in self.decoders.values():
-            decoder.clear()
+        """Free all memory, and the file if there is one and no fork uses it; every later use but `stats` is a `StoreError`.
+
+        A step that runs in another thread is stopped at its next layer.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.layers = [ClosedLayer() for _ in self.layers]
+        if self.sharing is not None:
+            self.sharing.close()
+        # With the counts of before, and empty memories.
+        self.decoders = {i: LayerDecoder(self.settings, self.policy, self._counts(i), i) for i in self.decoders}
         self._forget()
         if self.backing is not None:
             self.backing.close(self)
 
     def __enter__(self) -> "TieredCache":
+        self.require_usable()
         return self
 
     def __exit__(
@@ -239,6 +259,9 @@ class TieredCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        self.require_usable()
+        if layer_idx == self._first:  # where every call begins
+            self.require_whole()
         LAST_UPDATED.set(weakref.ref(self))
         self.tokens = None  # it holds more now
         if type(self.layers[layer_idx]) is TieredLayer:
@@ -251,6 +274,7 @@ class TieredCache(Cache):
 
         Raises `UnsupportedModelError` if layer `index` was updated, and something else is attended to.
         """
+        self.require_usable()
         own = self.layers[index] if 0 <= index < len(self.layers) else None
         for layer in (own, *self.layers):  # its own, nearly always
             if type(layer) is TieredLayer and layer.has_returned(key, value):
@@ -266,12 +290,21 @@ class TieredCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         """Copy the sequence; policy and model config stay shared (the config tells whether the model is attached)."""
+        self.require_usable()
         memo |= {id(shared): shared for shared in (self.model_config, self.settings, self.policy, self.backing)}
         copied = memo[id(self)] = object.__new__(TieredCache)
         if self.backing is not None:
             self.backing.users.add(copied)
         vars(copied).update(copy.deepcopy(vars(self), memo))
+        self.require_usable()  # all of it was copied before another thread closed it
         return copied
+
+    def __copy__(self) -> "TieredCache":
+        """A copy with the same layers would be one cache under two names, and wrong in both."""
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise StoreError("got a cache to pickle, expected cache.save(path): TieredCache.load(path, model) reads it")
 
     def stats(self) -> dict[str, Any]:
         """Return counters per layer and in all (see `attnpred.telemetry`); averages are per decode step."""
@@ -292,36 +325,66 @@ class TieredCache(Cache):
         self.tokens, self.saved_tokens = None, 0
 
     def reset(self) -> None:
+        self.require_usable()
         super().reset()
         self._forget()
         for decoder in self.decoders.values():
             decoder.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -`tokens_to_remove` tokens, 0 or less; of a torn cache at least what not all layers have."""
+        self.require_usable()
+        # Some versions of `generate` bring a tensor; lengths are plain numbers everywhere below.
+        removed = int(tokens_to_remove)
+        if removed > 0:
+            raise ConfigError(f"got crop({removed}), expected 0 or less: -n removes the last n tokens")
+        lengths = [layer.get_seq_length() for layer in self._holders()]
+        wanted = max(0, min([self.get_seq_length() + removed, *lengths]))
         for decoder in self.decoders.values():  # before anything is changed
-            decoder.left.require(self.get_seq_length() + int(tokens_to_remove), self.settings.block_size)
-        if self.sharing is not None and tokens_to_remove <= 0:
-            self.sharing.check_crop(max(0, self.get_seq_length() + int(tokens_to_remove)))
-        super().crop(tokens_to_remove)
+            decoder.left.require(wanted, self.settings.block_size)
+        if self.sharing is not None:
+            self.sharing.check_crop(wanted)
+        if len(set(lengths)) > 1:
+            for layer, length in zip(self._holders(), lengths, strict=True):
+                layer.crop(wanted - length)
+        else:
+            super().crop(removed)
         length = self.get_seq_length()
         self.tokens = None if self.tokens is None else self.tokens[:, :length]
         self.saved_tokens = min(self.saved_tokens, length)
         for decoder in self.decoders.values():
             decoder.crop(length) if length else decoder.clear()
 
+    def _holders(self) -> list[DynamicLayer]:
+        layers: list[Any] = [layer for layer in self.layers if holds_tokens(layer)]
+        return layers
+
+    def require_whole(self) -> None:
+        """Raise `StoreError` unless all layers hold the same tokens: an exception in a step leaves some with more."""
+        lengths = [layer.get_seq_length() for layer in self._holders()]
+        shortest, longest = min(lengths, default=0), max(lengths, default=0)
+        if shortest < longest:
+            raise StoreError(
+                f"got a cache with {shortest} tokens in one layer and {longest} in another, expected as many in all: a step "
+                f"ended halfway; crop({shortest - self.get_seq_length()}) takes back what it did, or make a new cache"
+            )
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.require_usable()
         super().reorder_cache(beam_idx)
         self.tokens = None if self.tokens is None else self.tokens[beam_idx.cpu()]
         for decoder in self.decoders.values():
             decoder.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.require_usable()
         super().batch_select_indices(indices)
         self.tokens = None if self.tokens is None else self.tokens[indices.cpu()]
         for decoder in self.decoders.values():
             decoder.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.require_usable()
         super().batch_repeat_interleave(repeats)
         self.tokens = None if self.tokens is None else self.tokens.repeat_interleave(repeats, 0)
         for decoder in self.decoders.values():

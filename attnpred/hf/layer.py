@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from attnpred.hf.cache import TieredCache
 
 
+SLIDING = "DynamicSlidingWindowLayer"
+"""A stock layer by name: older transformers do not have all of them."""
+
+
+def holds_tokens(layer: object) -> bool:
+    """Return whether a layer of a cache has the keys and values of tokens, one for one."""
+    return type(layer) is TieredLayer or type(layer).__name__ == SLIDING
+
+
 @final
 class TieredLayer(DynamicLayer):
     """Keys and values of one full-attention layer in a store; see `attnpred.hf` for `update`.
@@ -78,9 +87,6 @@ class TieredLayer(DynamicLayer):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ConfigError(f"got crop({tokens_to_remove}), expected 0 or less: -n removes the last n tokens")
-        # Some versions of `generate` bring a tensor; lengths are plain numbers everywhere below.
         self.store.crop(max(0, self.store.length + int(tokens_to_remove)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

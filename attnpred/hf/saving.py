@@ -18,21 +18,23 @@ from torch import Tensor
 from attnpred.errors import CacheFileError, ShapeError
 from attnpred.hf.cache import TieredCache
 from attnpred.hf.header import Header, name_of
-from attnpred.hf.layer import TieredLayer
+from attnpred.hf.layer import SLIDING, TieredLayer
 from attnpred.store.codec import checks
 from attnpred.store.export import Export
 from attnpred.store.safetensors_file import Entry, write
 from attnpred.store.tier import buffer
 
 TOKENS = "tokens"
-SLIDING, NOTHING = "DynamicSlidingWindowLayer", "DummyLayer"
-"""Stock layers that can be saved, by name: older transformers do not have all of them."""
+NOTHING = "DummyLayer"
+"""Another stock layer that can be saved, by name: it is one of nothing."""
 WINDOW = ("sliding_window", "cumulative_length", "record_past")
 """What a sliding layer is beside its keys and values."""
 
 
 def save(cache: TieredCache, path: str | Path, tokens: Tensor | None = None) -> None:
     """Write `cache`; see `TieredCache.save`."""
+    cache.require_usable()
+    cache.require_whole()
     length = cache.get_seq_length()
     if not length:
         raise CacheFileError("got an empty cache, expected one that holds tokens: give it a prompt before it is saved")
@@ -66,6 +68,7 @@ def save(cache: TieredCache, path: str | Path, tokens: Tensor | None = None) -> 
         decoders=decoders,
         sums={name: check_value(name, tensor) for name, tensor in small.items()},
     )
+    cache.require_usable()  # all of it was taken before another thread closed it
     # Widest types first, so that each tensor starts where its type may; units are whole numbers of 8 bytes.
     rest = sorted(small.items(), key=lambda item: -item[1].dtype.itemsize)
     large += [Entry(name, tensor.dtype, tuple(tensor.shape), [tensor]) for name, tensor in rest]

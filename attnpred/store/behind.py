@@ -19,7 +19,7 @@ from typing import NamedTuple, final
 
 from torch import Tensor
 
-from attnpred.errors import StoreError
+from attnpred.errors import StoreError, forked_cache
 from attnpred.store.host import scatter
 from attnpred.store.tier import Tier
 
@@ -72,10 +72,7 @@ class Queue:
     def check(self) -> None:
         """Raise `StoreError` unless there is somebody to rely on."""
         if self.is_foreign:
-            raise StoreError(
-                f"got a call from process {os.getpid()}, expected one from process {self.process}, which has the writer "
-                f"thread: make a cache of its own in each process"
-            )
+            raise forked_cache(self.process, os.getpid())
         if self.is_closed:
             raise StoreError("got a call after `close`, expected none: close last")
         if self.failure is not None:

@@ -64,18 +64,17 @@ class EvictingPool(Store):
         return self.pool.heads if self.arena is None else self.arena.heads
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        first, start = divmod(self.length, self.block_size)
-        self.length += keys.shape[2]
-        if self.slot_of is None:
-            return self.pool.append(keys, values)
-        count = num_blocks(self.length, self.block_size) - self.slot_of.shape[2]
-        if count:
+        (first, start), length = divmod(self.length, self.block_size), self.length + keys.shape[2]
+        slots = self.slot_of
+        if slots is not None and (count := num_blocks(length, self.block_size) - slots.shape[2]):
             new = self._next_slots(count) if self.arena is None else self.arena.take(count)
-            self.slot_of = torch.cat((self.slot_of, new), 2)
+            slots = torch.cat((slots, new), 2)
         if self.arena is None:
             self.pool.append(keys, values)
         else:
-            self.arena.write(keys, values, self.slot_of[..., first:], start)
+            assert slots is not None
+            self.arena.write(keys, values, slots[..., first:], start)
+        self.slot_of, self.length = slots, length  # where they could not be added, nothing has changed
 
     def _next_slots(self, count: int) -> Tensor:
         """Return the slots in which the pool puts the next `count` blocks, [B, Hkv, count]."""

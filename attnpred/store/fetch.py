@@ -8,6 +8,7 @@ On a GPU the pieces land in pinned memory, and each thread sends what it has rea
 """
 
 import contextlib
+import os
 import queue
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from attnpred.errors import StoreError
+from attnpred.errors import StoreError, closed_cache, forked_cache
 from attnpred.store.codec import checks
 from attnpred.store.tier import Tier
 
@@ -70,14 +71,18 @@ class Fetcher:
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
         self._streams: dict[torch.device, Any] = {}
+        self._process = 0
         self.close = weakref.finalize(self, _stop, self._tasks, self._workers)
 
     def start(self, places: Tensor, size: int, unit: int, device: torch.device) -> Fetch:
         """Begin to read pieces of `size` bytes, units of `unit` bytes each, at `places` [n], ascending, to `device`."""
+        if self._workers and self._process != os.getpid():
+            raise forked_cache(self._process, os.getpid())
         while len(self._workers) < self._threads:
             worker = threading.Thread(target=_work, args=(self._tasks,), name="attnpred-fetch", daemon=True)
             worker.start()
             self._workers.append(worker)
+            self._process = os.getpid()
         on_gpu = device.type == "cuda"
         landing = torch.empty(places.numel(), size, dtype=torch.uint8, pin_memory=on_gpu, device="cpu")
         data, stream = landing, None
@@ -95,6 +100,8 @@ class Fetcher:
             # The task holds the memory that it fills, so giving up on it is safe.
             self._tasks.put((future, self._tier, places[part], unit, landing[part], data[part], stream))
             futures.append(future)
+        if not self.close.alive:  # closed meanwhile, perhaps after its queue was emptied: nobody would come
+            raise closed_cache()
         return Fetch(data, futures, stream)
 
 
@@ -119,9 +126,7 @@ def _stop(tasks: "queue.SimpleQueue[Any]", workers: list[threading.Thread]) -> N
         while True:
             task = tasks.get_nowait()
             if task is not None:
-                task[0].set_exception(
-                    StoreError("got a cache that was closed, expected it open while blocks are fetched")
-                )
+                task[0].set_exception(closed_cache())
     for _ in workers:
         tasks.put(None)
     deadline = time.monotonic() + STOP_TIMEOUT

@@ -14,7 +14,7 @@ import secrets
 from pathlib import Path
 from typing import final
 
-from attnpred.errors import StoreError
+from attnpred.errors import StoreError, forked_cache
 from attnpred.folders import make_private, user_cache
 
 try:
@@ -111,10 +111,7 @@ class Scratch:
         """The descriptor, to be held as long as it is used; raises `StoreError` where there is none to use."""
         if self._process != os.getpid():
             # Two processes would give the same bytes of the one file to different blocks.
-            raise StoreError(
-                f"got a call from process {os.getpid()} for {self.path}, expected one from process {self._process}, "
-                f"which made it: make a cache of its own in each process"
-            )
+            raise forked_cache(self._process, os.getpid())
         if self._fd is None:
             raise StoreError(f"got a call for a scratch file in {self.folder}, expected it open: close last")
         return self._fd

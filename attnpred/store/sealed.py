@@ -95,7 +95,11 @@ class SealedBlocks:
         units = self.codec.encode(keys, values)
         seals = checks(units).view(-1, self.heads).cpu()
         ids = self.records.take(seals.shape[0])
-        self.records.write(ids, units.view(seals.shape[0], -1).cpu(), seals)
+        try:
+            self.records.write(ids, units.view(seals.shape[0], -1).cpu(), seals)
+        except BaseException:
+            self.records.drop(ids)
+            raise
         self.ids = torch.cat((self.ids, ids.view(self.batch, -1)), 1)
         counts.bytes_written += units.numel()
         return units

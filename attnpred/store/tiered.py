@@ -93,8 +93,18 @@ class TieredStore(Store):
             self.keys[:, :, self.length : length], self.values[:, :, self.length : length] = keys, values
             self.length = length
             return
-        sealed = self.sealed or self._spill(slots)
-        size, taken = self.block_size, 0
+        sealed, before = self.sealed or self._spill(slots), self.length
+        try:
+            self._append_below(sealed, keys, values)
+        except BaseException:  # the tier is full or failing: what was there before is still all there
+            sealed.crop(before // self.block_size)
+            self.table.crop(num_blocks(before, self.block_size))
+            self.length = before
+            raise
+
+    def _append_below(self, sealed: SealedBlocks, keys: Tensor, values: Tensor) -> None:
+        """Seal what is full, and leave the rest in the open block."""
+        size, taken, tokens = self.block_size, 0, keys.shape[2]
         if self.length % size:
             taken = min(tokens, size - self.length % size)
             self._fill_open(sealed, keys[:, :, :taken], values[:, :, :taken])
@@ -121,7 +131,11 @@ class TieredStore(Store):
         self.open_slots = torch.full((rows,), blocks - 1, dtype=torch.int64, device="cpu")
         full = self.length // self.block_size * self.block_size
         if full:
-            units = self.sealed.write(self.keys[:, :, :full], self.values[:, :, :full], self.counts)
+            try:
+                units = self.sealed.write(self.keys[:, :, :full], self.values[:, :, :full], self.counts)
+            except BaseException:
+                self.sealed = None  # everything is still in its slot
+                raise
             self._round(self.sealed, units, 0)
         if blocks > slots:
             self._shrink(slots)

@@ -265,7 +265,7 @@ def test_a_save_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(
             safetensors_file.os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
         )
-        with pytest.raises(CacheFileError, match=r"got No space left for .*a\.kv, expected to write a cache there"):
+        with pytest.raises(CacheFileError, match=r"got No space left for .*a\.kv, expected to write a file there"):
             cache.save(tmp_path / "a.kv")
     assert (tmp_path / "a.kv").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 

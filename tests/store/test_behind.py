@@ -268,7 +268,7 @@ def test_a_fork_has_no_writer(setup: Setup) -> None:
 
     def job() -> None:
         for call in (lambda: setup.read(900, 4), lambda: setup.write(0, b"abcd"), setup.tier.flush):
-            with pytest.raises(StoreError, match="make a cache of its own in each process"):
+            with pytest.raises(StoreError, match="does not cross a fork"):
                 call()
         setup.tier.close()
 

@@ -231,7 +231,7 @@ def test_a_fork_does_not_use_the_file(tmp_path: Path) -> None:
             lambda: tier.release(place, len(DATA)),
         ]
         for call in calls:
-            with pytest.raises(StoreError, match="make a cache of its own in each process"):
+            with pytest.raises(StoreError, match="does not cross a fork"):
                 call()
         tier.close()
         filled(tmp_path)[0].close()

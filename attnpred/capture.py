@@ -92,7 +92,7 @@ def captured(model: Any, tokens: Tensor, rows: int, block_size: int = 16, *, per
         cache = hf.TieredCache(model.config, policy=policy, settings=settings)
         # Layers that share another layer's keys may see no more queries than there are logits to keep.
         shares = getattr(cache.model_config, "num_kv_shared_layers", 0)
-        model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=rows if shares else 1)
+        model(tokens, cache=cache, use_cache=True, logits_to_keep=rows if shares else 1)
     layers = tuple(sorted(cache.decoders))
     seen: list[Recorder] = [cache.decoders[layer].memory for layer in layers]
     if any(memory.taken.shape[2] < rows for memory in seen):

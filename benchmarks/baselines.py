@@ -165,5 +165,5 @@ def step(model: Any, variant: Variant, tokens: Tensor, **kwargs: Any) -> tuple[f
     if model.config._attn_implementation != variant.implementation:
         model.set_attn_implementation(variant.implementation)
     began = time.perf_counter()
-    found = model(tokens, past_key_values=variant.cache, use_cache=True, logits_to_keep=1, **kwargs)
+    found = model(tokens, cache=variant.cache, use_cache=True, logits_to_keep=1, **kwargs)
     return (time.perf_counter() - began) * 1e3, found.logits[:, -1]

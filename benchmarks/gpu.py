@@ -34,7 +34,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import attnpred
 from attnpred.config import CacheConfig
-from attnpred.hf import TieredCache
+from attnpred.hf import TieredCache, cache_argument
 from attnpred.kernels import digest, stream
 from attnpred.kernels import torch as plain
 from attnpred.kernels.dense import AttentionTerms
@@ -247,12 +247,12 @@ def steps_of(clock: Clock, model: Any, cache: Cache, context: int, steps: int) -
     held = torch.cuda.memory_allocated(device) - before if is_gpu else 0
     for i in range(steps + 5):
         token = torch.full((1, 1), i + 1, device=device)
-        taken = clock.wall(lambda token=token: model(token, past_key_values=cache, use_cache=True, logits_to_keep=1))  # type: ignore[misc]
+        taken = clock.wall(lambda token=token: model(token, **cache_argument(cache), use_cache=True, logits_to_keep=1))  # type: ignore[misc]
         if i >= 5:  # the first compile kernels
             times.append(taken / 1e3)
     found: Row = {"ms_per_token": statistics.median(times), "spread_ms": quartiles(times), "cache_bytes": held}
     if is_gpu:
-        found["waits_per_step"] = waits(lambda: model(token, past_key_values=cache, use_cache=True, logits_to_keep=1))
+        found["waits_per_step"] = waits(lambda: model(token, **cache_argument(cache), use_cache=True, logits_to_keep=1))
     if isinstance(cache, TieredCache):
         counts = cache.stats()["total"]
         found |= {name: counts[name] for name in ("selected", "bytes_fetched") if name in counts}

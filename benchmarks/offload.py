@@ -101,7 +101,7 @@ def step_ms(model: Any, cache: TieredCache) -> float:
     drop_page_cache(cache)
     token = torch.randint(0, 1000, (1, 1))
     began = time.perf_counter()
-    model(token, past_key_values=cache, use_cache=True)
+    model(token, cache=cache, use_cache=True)
     return (time.perf_counter() - began) * 1e3
 
 
@@ -141,12 +141,12 @@ def real_decode(context: int, steps: int, folder: Path | None, say: Callable[[st
         hysteresis=HYSTERESIS, offload="disk", offload_dir=folder,
     )  # fmt: skip
     with attnpred.attach(model, config=settings) as attached, attached.new_cache() as cache:
-        model(tokens[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(tokens[:, :context], cache=cache, use_cache=True, logits_to_keep=1)
         waits = []
         for i in range(context, tokens.shape[1]):
             drop_page_cache(cache)
             before = total(cache)
-            model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+            model(tokens[:, i : i + 1], cache=cache, use_cache=True)
             waits.append(total(cache)["exposed_wait_ms"] - before["exposed_wait_ms"])
         counts = cache.stats()["total"]
     unit = 16 * 2 * 64 * 4

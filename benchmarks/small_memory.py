@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     full = args.context * args.layers * 8 * 64 * 2 * 2
     with attnpred.attach(model, config=settings) as attached:
         with attached.new_cache() as cache:  # loads all code before the limit is set
-            model(tokens[:, : args.chunk], past_key_values=cache, logits_to_keep=1)
+            model(tokens[:, : args.chunk], cache=cache, logits_to_keep=1)
         before, limit = status("VmData"), status("VmData") + int(args.room * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         with attached.new_cache() as cache:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
             outcome, done = "complete", 0
             try:
                 for start in range(0, args.context, args.chunk):
-                    model(tokens[:, start : start + args.chunk], past_key_values=cache, logits_to_keep=1)
+                    model(tokens[:, start : start + args.chunk], cache=cache, logits_to_keep=1)
                     done = start + args.chunk
                     if start // args.chunk % 4 == 3:
                         print(
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
                         )
                 prefill = time.perf_counter() - began
                 for i in range(args.context, args.context + args.steps):
-                    model(tokens[:, i : i + 1], past_key_values=cache)
+                    model(tokens[:, i : i + 1], cache=cache)
                 step = (time.perf_counter() - began - prefill) / args.steps
             except (RuntimeError, MemoryError) as error:
                 outcome, prefill, step = str(error).splitlines()[0][:120], 0.0, 0.0

@@ -28,13 +28,13 @@ def continue_text(
 ) -> Continuation:
     """Read `tokens` [1, L] up to `context` in one pass, then one by one; `on_step` is called after each step, untimed."""
     tokens = tokens.to(model.device)
-    logits = model(tokens[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(tokens[:, :context], cache=cache, use_cache=True, logits_to_keep=1).logits
     bits, times = 0.0, []
     for i in range(context, tokens.shape[1]):
         bits -= float(torch.log_softmax(logits[0, -1].float(), -1)[tokens[0, i]]) / math.log(2)
         if i + 1 < tokens.shape[1]:
             start = time.perf_counter()
-            logits = model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+            logits = model(tokens[:, i : i + 1], cache=cache, use_cache=True).logits
             times.append((time.perf_counter() - start) * 1e3)
             if on_step is not None:
                 on_step(i)

@@ -120,7 +120,7 @@ class AttnpredLM(HFLM):
 
     def _next(self, cache: hf.TieredCache, tokens: list[int]) -> torch.Tensor:
         ids = torch.tensor([tokens], device=self.device, dtype=torch.int64)
-        logits: torch.Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits: torch.Tensor = self.model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits
         return logits[0, -1]
 
 

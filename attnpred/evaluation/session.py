@@ -127,7 +127,7 @@ class PolicySession:
         out = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=held.cache,
+            cache=held.cache,
             max_new_tokens=question.new_tokens,
             do_sample=False,
             temperature=None,
@@ -193,7 +193,7 @@ class PolicySession:
     def _feed(self, cache: hf.TieredCache, tokens: Sequence[int]) -> Tensor:
         """Return the logits after the last of `tokens`, [vocabulary]."""
         ids = torch.tensor([list(tokens)], device=self.model.device, dtype=torch.int64)
-        logits: Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits: Tensor = self.model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         return logits

@@ -14,6 +14,7 @@ what it attends to is not what is stored. Mask sizes stay full, so padding masks
 """
 
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
+from attnpred.hf.cache_argument import cache_argument
 from attnpred.hf.carry import carry_over
 from attnpred.hf.choose import fingerprint, make_policy, make_settings
 from attnpred.hf.handle import Attached, attach
@@ -29,6 +30,7 @@ __all__ = [
     "TieredCache",
     "TieredLayer",
     "attach",
+    "cache_argument",
     "carry_over",
     "fingerprint",
     "load_model",

@@ -49,14 +49,15 @@ LAST_UPDATED: ContextVar["weakref.ref[TieredCache] | None"] = ContextVar("attnpr
 
 @final
 class TieredCache(Cache):
-    """The cache of one `generate` call, or of a conversation: `model.generate(..., past_key_values=cache)`.
+    """The cache of one `generate` call, or of a conversation: `model.generate(..., cache=cache)`.
 
+    Before transformers 5.24 the argument is called `past_key_values`; an attached model takes either name.
     The model must be attached (`attach`); otherwise every step is dense, correct, and counted as a fallback.
 
     Example:
         with attnpred.attach(model):
             cache = attnpred.TieredCache(model.config, budget=1024)
-            model.generate(**inputs, past_key_values=cache)
+            model.generate(**inputs, cache=cache)
             cache.save("document.kv")  # and later, or elsewhere: TieredCache.load("document.kv", model)
 
     saved: a file below the slow tier, for `load`.
@@ -186,7 +187,7 @@ class TieredCache(Cache):
         """Return a cache that goes on exactly where the saved one was; its blocks are read when they are needed.
 
         prefix: token ids [L] or [1, L] that are to be continued: what they have in common with those of the saved cache is
-        kept, the rest of it cut off, so that `model.generate(prefix, past_key_values=cache)` computes what is new alone.
+        kept, the rest of it cut off, so that `model.generate(prefix, cache=cache)` computes what is new alone.
         policy, predictor: those it was saved with, where they do not come with attnpred. overrides: settings on which
         nothing saved depends: `offload`, `offload_dir`, limits, `fetch_timeout`, `late_share`, `measure_recovery`, `strict`.
         Raises `CacheFileError` for a file that is damaged, or was saved with another model, dtype or predictor.

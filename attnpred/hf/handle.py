@@ -17,6 +17,7 @@ from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError, NotSparseError, UnsupportedModelError
 from attnpred.hf.attention import attention, make_mask, note_tokens
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
+from attnpred.hf.cache_argument import NAME, cache_argument, rename_cache, take_cache
 from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
 from attnpred.hf.support import is_served, refuse_unsupported
 from attnpred.policies.base import Policy
@@ -51,7 +52,10 @@ class Attached:
         AttentionInterface.register(IMPLEMENTATION, attention)
         AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
         self._model.set_attn_implementation(IMPLEMENTATION)
-        self._note = self._model.get_input_embeddings().register_forward_pre_hook(note_tokens)
+        self._hooks = [
+            self._model.register_forward_pre_hook(rename_cache, with_kwargs=True),
+            self._model.get_input_embeddings().register_forward_pre_hook(note_tokens),
+        ]
 
         @functools.wraps(self._stock_generate)
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -70,21 +74,22 @@ class Attached:
         if self._is_active:
             self._is_active = False
             del self._model.generate
-            self._note.remove()
+            for hook in self._hooks:
+                hook.remove()
             self._model.set_attn_implementation(self._stock_implementation)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = take_cache(kwargs)
         implementation = self._setting("cache_implementation", args, kwargs)
         why = None
         if cache is not None:
-            why = None if isinstance(cache, TieredCache) else "past_key_values is another cache"
+            why = None if isinstance(cache, TieredCache) else f"{NAME} is another cache"
         elif self._setting("use_cache", args, kwargs) is False:
             why = "use_cache=False"
         elif implementation not in (None, "hybrid"):  # "hybrid" is an old default of the Hub, which `generate` ignores
             why = f"cache_implementation={implementation!r}"
         else:
-            cache = kwargs["past_key_values"] = self._make_cache()
+            cache = self._make_cache()
             if self._setting("is_assistant", args, kwargs):
                 cache.activate_past_recording()  # as `generate` does with a cache that it makes itself
         if why is not None:
@@ -93,6 +98,8 @@ class Attached:
             if not self._warned:
                 logger.warning("%s: the sparse path is off for this call", why)
                 self._warned = True
+        if cache is not None:
+            kwargs |= cache_argument(cache)
         if isinstance(cache, TieredCache):
             self._admit(cache, args, kwargs)
         try:

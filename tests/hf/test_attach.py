@@ -27,6 +27,7 @@ from transformers import (
 import attnpred
 from attnpred.errors import ConfigError, NotSparseError, PredictorError, UnsupportedModelError
 from attnpred.hf import IMPLEMENTATION, TieredCache
+from attnpred.hf.cache_argument import NAME, NAMES
 from attnpred.policies import Ema
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.telemetry import NOT_ATTACHED
@@ -122,10 +123,55 @@ def test_stats_survive_a_call_that_failed(model: PreTrainedModel) -> None:
         assert attached.stats()["layers"][0]["steps"] == 7
 
 
+# The name of the argument that brings a cache
+
+CALLS: dict[str, Callable[[PreTrainedModel, dict[str, Any]], Any]] = {
+    "generate": lambda model, given: greedy_by(model, given),
+    "call": lambda model, given: model(TOKENS, use_cache=True, **given).logits,
+}
+
+
+def greedy_by(model: PreTrainedModel, given: dict[str, Any]) -> Any:
+    asked = {"attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 4, "do_sample": False}
+    return model.generate(TOKENS, **asked, **given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("call", CALLS)
+@torch.no_grad()
+def test_a_cache_is_taken_by_its_new_and_its_old_name(call: str, name: str, model: PreTrainedModel) -> None:
+    """Without a warning (which here is an error), whatever transformers calls it."""
+    with attnpred.attach(model, policy="ema", config=SMALL, strict=True) as attached:
+        cache = attached.new_cache()
+        CALLS[call](model, {name: cache})
+        assert cache.get_seq_length() == 100 + (3 if call == "generate" else 0)
+        assert (cache.tokens is not None) == (call == "generate")
+        assert len(attached.stats()["layers"]) == (3 if call == "generate" else 0)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@torch.no_grad()
+def test_a_cache_that_is_none_is_as_if_it_were_not_given(call: str, model: PreTrainedModel) -> None:
+    want = CALLS[call](model, {})
+    with attnpred.attach(model, policy="ema", config=COVERING):
+        for name in NAMES:
+            torch.testing.assert_close(CALLS[call](model, {name: None}), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@torch.no_grad()
+def test_two_caches_are_refused(call: str, model: PreTrainedModel) -> None:
+    with (
+        attnpred.attach(model, policy="ema", config=SMALL) as attached,
+        pytest.raises(ConfigError, match=f"got both cache and past_key_values, expected one cache: give it as {NAME}"),
+    ):
+        CALLS[call](model, {name: attached.new_cache() for name in NAMES})
+
+
 # Calls that cannot be sparse
 
 NOT_SPARSE: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
-    "past_key_values is another cache": lambda model: {"past_key_values": DynamicCache(config=model.config)},
+    f"{NAME} is another cache": lambda model: {"cache": DynamicCache(config=model.config)},
     "cache_implementation='static'": lambda model: {"cache_implementation": "static"},
     "use_cache=False": lambda model: {"use_cache": False},
 }
@@ -182,7 +228,7 @@ def test_a_cache_without_an_attached_model_is_right_and_dense_and_says_so_once(
     model: PreTrainedModel, stock: Tensor, said: Callable[[], list[str]]
 ) -> None:
     cache = TieredCache(model.config, policy="ema", settings=SMALL)
-    assert torch.equal(greedy(model, TOKENS, 8, past_key_values=cache), stock)
+    assert torch.equal(greedy(model, TOKENS, 8, cache=cache), stock)
     total = cache.stats()["total"]
     assert total["fallbacks"] == total["steps"] == 3 * 7 and total["dense"] == {NOT_ATTACHED: 3 * 7}
     assert total["bytes_read"] == total["full_bytes"] > 0
@@ -192,7 +238,7 @@ def test_a_cache_without_an_attached_model_is_right_and_dense_and_says_so_once(
 def test_a_cache_without_an_attached_model_is_an_error_under_strict(model: PreTrainedModel) -> None:
     cache = TieredCache(model.config, policy="ema", settings=SMALL, strict=True)
     with pytest.raises(NotSparseError, match=r"attnpred\.attach\(model\)"):
-        greedy(model, TOKENS, 8, past_key_values=cache)
+        greedy(model, TOKENS, 8, cache=cache)
 
 
 def test_a_cache_goes_on_when_its_model_is_attached_and_detached(model: PreTrainedModel) -> None:
@@ -200,7 +246,7 @@ def test_a_cache_goes_on_when_its_model_is_attached_and_detached(model: PreTrain
         tokens = TOKENS
         for is_attached in attached:
             handle = attnpred.attach(model, policy="ema", config=COVERING) if is_attached else None
-            tokens = greedy(model, torch.cat((tokens, prompt(2, 3)), 1), 5, past_key_values=cache)
+            tokens = greedy(model, torch.cat((tokens, prompt(2, 3)), 1), 5, cache=cache)
             if handle:
                 handle.detach()
         return tokens
@@ -212,9 +258,9 @@ def test_a_cache_goes_on_when_its_model_is_attached_and_detached(model: PreTrain
 
 def test_another_cache_runs_on_the_model_of_a_cache_that_was_used_unattached(model: PreTrainedModel) -> None:
     cache = TieredCache(model.config, policy="ema", settings=SMALL)
-    stock = greedy(model, TOKENS, 8, past_key_values=cache)
+    stock = greedy(model, TOKENS, 8, cache=cache)
     with attnpred.attach(model, policy="ema", config=SMALL):
-        assert torch.equal(greedy(model, TOKENS, 8, past_key_values=DynamicCache(config=model.config)), stock)
+        assert torch.equal(greedy(model, TOKENS, 8, cache=DynamicCache(config=model.config)), stock)
 
 
 # Models that cannot be served
@@ -278,17 +324,17 @@ def test_a_model_that_attends_to_something_else_than_it_cached_is_refused_before
     with attnpred.attach(model, policy="ema", config=COVERING):
         with pytest.raises(UnsupportedModelError, match=f"got {kind}, which changes keys or values"):
             greedy(model, TOKENS, 8)
-        assert torch.equal(greedy(model, TOKENS, 8, past_key_values=DynamicCache(config=model.config)), stock)
+        assert torch.equal(greedy(model, TOKENS, 8, cache=DynamicCache(config=model.config)), stock)
 
 
 def test_a_mask_that_is_also_a_bias_is_refused(model: PreTrainedModel) -> None:
     forbid = torch.zeros(1, 1, 20, 20).masked_fill(torch.ones(20, 20).triu(1).bool(), -1e9)
     with attnpred.attach(model, policy="ema", config=SMALL) as attached, torch.no_grad():
         want = model(TOKENS[:1, :20], use_cache=False).logits
-        got = model(TOKENS[:1, :20], attention_mask=forbid, past_key_values=attached.new_cache()).logits
+        got = model(TOKENS[:1, :20], attention_mask=forbid, cache=attached.new_cache()).logits
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         with pytest.raises(UnsupportedModelError, match="also a bias"):
-            model(TOKENS[:1, :20], attention_mask=forbid + 0.5, past_key_values=attached.new_cache())
+            model(TOKENS[:1, :20], attention_mask=forbid + 0.5, cache=attached.new_cache())
 
 
 # Settings
@@ -416,7 +462,7 @@ def test_one_model_generates_in_two_threads_what_it_gives_alone(model: PreTraine
 def test_a_cache_dies_with_its_last_name(model: PreTrainedModel) -> None:
     with attnpred.attach(model, policy="ema", config=SMALL) as attached:
         cache = attached.new_cache()
-        greedy(model, TOKENS, 8, past_key_values=cache)
+        greedy(model, TOKENS, 8, cache=cache)
         alive, keys = weakref.ref(cache), weakref.ref(cache.layers[0].store.keys)
         del cache
         gc.collect()

@@ -51,9 +51,9 @@ def test_a_cache_holds_what_stock_attention_would_attend_to(offload: str | None,
         with autocast(torch.bfloat16):
             want = greedy(model, tokens, NEW)
             with attached.new_cache() as cache:
-                assert torch.equal(greedy(model, tokens, NEW, past_key_values=cache), want)
+                assert torch.equal(greedy(model, tokens, NEW, cache=cache), want)
         with attached.new_cache() as plain:
-            greedy(model, tokens, NEW, past_key_values=plain)
+            greedy(model, tokens, NEW, cache=plain)
             half, whole = cache.stats()["total"]["full_bytes"], plain.stats()["total"]["full_bytes"]
             assert 2 * half == whole > 0
 
@@ -65,10 +65,10 @@ def test_autocast_may_begin_or_end_between_two_calls(first: bool) -> None:
     with attnpred.attach(model, policy="ema", config=SMALL) as attached:
         cache = attached.new_cache()
         with torch.autocast("cpu", torch.bfloat16, enabled=first):
-            model(tokens[:, :80], past_key_values=cache)
+            model(tokens[:, :80], cache=cache)
         with torch.autocast("cpu", torch.bfloat16, enabled=not first):
-            model(tokens[:, 80:89], past_key_values=cache)
-            logits = model(tokens[:, 89:], past_key_values=cache).logits
+            model(tokens[:, 80:89], cache=cache)
+            logits = model(tokens[:, 89:], cache=cache).logits
     assert cache.stats()["total"]["sparse_steps"] == 3 and bool(logits.isfinite().all())
 
 
@@ -87,10 +87,10 @@ def test_a_saved_cache_goes_on(tmp_path: Path) -> None:
     model, tokens = tiny_model("llama"), prompt(1, 90)
     with autocast(torch.bfloat16), attnpred.attach(model, policy="ema", config=SMALL) as attached:
         cache = attached.new_cache()
-        first = greedy(model, tokens, NEW, past_key_values=cache)
+        first = greedy(model, tokens, NEW, cache=cache)
         cache.save(tmp_path / "a.kv")
         loaded = attnpred.TieredCache.load(tmp_path / "a.kv", model)
-        again = [greedy(model, first, NEW, past_key_values=one) for one in (cache, loaded)]
+        again = [greedy(model, first, NEW, cache=one) for one in (cache, loaded)]
     assert torch.equal(*again)
 
 

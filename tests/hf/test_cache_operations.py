@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 import attnpred
 from attnpred.errors import ConfigError, NotSparseError
-from attnpred.hf import TieredCache
+from attnpred.hf import TieredCache, cache_argument
 from attnpred.policies import Predicted
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from tests.hf.support import COVERING, SMALL, offloaded, predictor
@@ -66,7 +66,7 @@ class Batch:
 
     def feed(self, tokens: Tensor) -> Tensor:
         """Return the logits after the last of `tokens` [B, T]."""
-        return self.model(tokens, past_key_values=self.cache, use_cache=True).logits[:, -1]  # type: ignore[no-any-return]
+        return self.model(tokens, **cache_argument(self.cache), use_cache=True).logits[:, -1]  # type: ignore[no-any-return]
 
     def crop(self, count: int) -> None:
         self.cache.crop(-count)

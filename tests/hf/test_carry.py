@@ -21,7 +21,7 @@ READS_ALL = ("cascading", "fastgen", "h2o", "sepllm")
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, cache: TieredCache, *calls: Tensor) -> Tensor:
-    return torch.cat([model(tokens, past_key_values=cache, use_cache=True).logits[:, -1] for tokens in calls])
+    return torch.cat([model(tokens, cache=cache, use_cache=True).logits[:, -1] for tokens in calls])
 
 
 def read_once(model: PreTrainedModel) -> TieredCache:

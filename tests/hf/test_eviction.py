@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import attnpred
 from attnpred.errors import ConfigError, StoreError
-from attnpred.hf import TieredCache
+from attnpred.hf import TieredCache, cache_argument
 from attnpred.policies import POLICIES, SepLLM
 from attnpred.store.evicting import EvictingPool
 from tests.hf.support import COVERING, SMALL, WHOLE, greedy, greedy_logits, left_padded, separators
@@ -51,8 +51,8 @@ def test_below_it_memory_is_free_and_the_budget_holds(policy: str, block: int) -
     model, config = tiny_model("llama"), replace(SMALL, block_size=block)
     with attnpred.attach(model, policy=separators(policy), config=config) as attached:
         cache, kept = attached.new_cache(), TieredCache(model.config, policy="ema", settings=config)
-        got = greedy(model, prompt(2, 400), NEW, past_key_values=cache)
-        greedy(model, prompt(2, 400), NEW, past_key_values=kept)
+        got = greedy(model, prompt(2, 400), NEW, cache=cache)
+        greedy(model, prompt(2, 400), NEW, cache=kept)
     assert not torch.equal(got, greedy(model, prompt(2, 400), NEW)), "the budget must matter, or this proves nothing"
     for layer, decoder in zip(cache.layers, cache.decoders.values(), strict=True):
         store = layer.store
@@ -71,7 +71,7 @@ def test_below_it_memory_is_free_and_the_budget_holds(policy: str, block: int) -
 
 def generate(model: PreTrainedModel, tokens: Tensor, cache: TieredCache, **how: Any) -> Tensor:
     how = {"attention_mask": torch.ones_like(tokens), "do_sample": False} | how
-    return model.generate(tokens, past_key_values=cache, max_new_tokens=NEW, **how)  # type: ignore[no-any-return]
+    return model.generate(tokens, cache=cache, max_new_tokens=NEW, **how)  # type: ignore[no-any-return]
 
 
 def beams(model: PreTrainedModel, cache: TieredCache) -> Tensor:
@@ -160,7 +160,7 @@ def test_operations(
             length = pair[0].get_seq_length()
             if name == "feed":
                 tokens = prompt(batch, argument, place)
-                got, want = (model(tokens, past_key_values=cache).logits for cache in pair)
+                got, want = (model(tokens, cache=cache).logits for cache in pair)
                 assert torch.equal(got, want)
             elif name == "crop":
                 refused = []
@@ -194,12 +194,12 @@ def test_a_prompt_that_was_loaded_goes_on_and_takes_as_little(tmp_path: Path) ->
     with attnpred.attach(model, policy="h2o", config=SMALL) as attached:
         cache = attached.new_cache()
         with torch.no_grad():
-            model(prompt(1, 300), past_key_values=cache)
+            model(prompt(1, 300), cache=cache)
         cache.save(tmp_path / "h2o.kv", prompt(1, 300))
         loaded = TieredCache.load(tmp_path / "h2o.kv", model)
         assert loaded.fast_bytes() == cache.fast_bytes()
         longer = torch.cat((prompt(1, 300), prompt(1, 5, 1)), 1)
-        for got, want in zip(*(greedy_logits(model, longer, past_key_values=c) for c in (loaded, cache)), strict=True):
+        for got, want in zip(*(greedy_logits(model, longer, cache=c) for c in (loaded, cache)), strict=True):
             assert torch.equal(got, want)
 
 
@@ -209,7 +209,7 @@ def test_offload_has_nothing_left_to_move() -> None:
     want = None
     for settled in (replace(config, offload=None), config):
         with attnpred.attach(model, policy="h2o", config=settled) as attached, attached.new_cache() as cache:
-            got = greedy(model, prompt(1, 300), NEW, past_key_values=cache)
+            got = greedy(model, prompt(1, 300), NEW, cache=cache)
             assert [isinstance(layer.store, EvictingPool) for layer in cache.layers] == [False, True, True]
         assert want is None or torch.equal(got, want)
         want = got
@@ -219,21 +219,21 @@ def test_stock_attention_over_what_is_left_is_refused() -> None:
     model = tiny_model("llama")
     with attnpred.attach(model, policy="h2o", config=SMALL) as attached:
         cache = attached.new_cache()
-        greedy(model, prompt(1, LONG), 4, past_key_values=cache)
+        greedy(model, prompt(1, LONG), 4, cache=cache)
     with pytest.raises(StoreError, match=r"attends to everything after blocks were evicted, .* attnpred.attach"):
-        model(prompt(1, 1), past_key_values=cache)
+        model(prompt(1, 1), **cache_argument(cache))
 
 
 def test_a_crop_into_what_is_gone_leaves_the_cache_as_it_was() -> None:
     model = tiny_model("llama")
     with attnpred.attach(model, policy="streaming", config=SMALL) as attached:
         cache = attached.new_cache()
-        tokens = greedy(model, prompt(1, LONG), 4, past_key_values=cache)
+        tokens = greedy(model, prompt(1, LONG), 4, cache=cache)
         before = cache.fork()
         with pytest.raises(StoreError, match="got a crop to 60 tokens, expected to keep the recent window") as caught:
             cache.crop(60 - cache.get_seq_length())
         assert "\n" not in str(caught.value) and cache.get_seq_length() == LONG + 3
-        assert torch.equal(*(greedy(model, tokens, 4, past_key_values=c) for c in (cache, before)))
+        assert torch.equal(*(greedy(model, tokens, 4, cache=c) for c in (cache, before)))
 
 
 def test_separators_come_from_the_tokenizer_beside_the_model_and_ids_from_its_embedding(tmp_path: Path) -> None:
@@ -247,9 +247,9 @@ def test_separators_come_from_the_tokenizer_beside_the_model_and_ids_from_its_em
     assert {".", ","} <= marks and all(not set(mark) - set(".,?!;: \t\n") for mark in marks)
     with attnpred.attach(model, policy=separators("sepllm"), config=SMALL) as attached:
         cache, tokens = attached.new_cache(), prompt(2, 90)
-        out = greedy(model, tokens, 6, past_key_values=cache)
+        out = greedy(model, tokens, 6, cache=cache)
         kept = cache.decoders[0].memory.marks.view().flatten(1)[:, :95]
         assert torch.equal(kept.bool(), (out[:, :95] >= 3) & (out[:, :95] < 20)) and kept.any() and not kept.all()
         with pytest.raises(ConfigError, match="got a call without token ids"), torch.no_grad():
-            model(inputs_embeds=torch.randn(1, 90, 32), past_key_values=attached.new_cache())
+            model(inputs_embeds=torch.randn(1, 90, 32), cache=attached.new_cache())
     assert not model.get_input_embeddings()._forward_pre_hooks

@@ -100,7 +100,7 @@ def test_a_shared_kv_layer_of_gemma4_makes_its_own_sparse_steps() -> None:
     model = tiny_model("gemma4_text")
     with attnpred.attach(model, policy="ema", config=SMALL) as attached:
         cache = attached.new_cache()
-        greedy(model, prompt(1, 100), NEW, past_key_values=cache)
+        greedy(model, prompt(1, 100), NEW, cache=cache)
     selections = {i: cache.decoders[i].pending[1].sort(-1).values for i in (0, 3)}  # type: ignore[index]
     assert cache.get_seq_length() == 100 + STEPS
     assert [layer["sparse_steps"] for layer in cache.stats()["layers"]] == [STEPS, STEPS]
@@ -115,7 +115,7 @@ def test_logits_of_the_last_tokens_alone_are_stock_logits(family: str) -> None:
     want = model(prompt(2, 60), logits_to_keep=5).logits
     with attnpred.attach(model, policy="ema", config=SMALL) as attached:
         for cache in (attached.new_cache(), None):
-            got = model(prompt(2, 60), logits_to_keep=5, past_key_values=cache, use_cache=cache is not None).logits
+            got = model(prompt(2, 60), logits_to_keep=5, cache=cache, use_cache=cache is not None).logits
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 

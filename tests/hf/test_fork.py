@@ -21,7 +21,7 @@ QUESTIONS = ([prompt(1, 9, 1), *prompt(1, 12, 2).split(1, 1)], [prompt(1, 14, 3)
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, cache: TieredCache, *calls: Tensor) -> Tensor:
-    return torch.cat([model(tokens, past_key_values=cache, use_cache=True).logits[:, -1] for tokens in calls])
+    return torch.cat([model(tokens, cache=cache, use_cache=True).logits[:, -1] for tokens in calls])
 
 
 def store_of(cache: TieredCache, index: int = 1) -> TieredStore:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, TextStreamer, pipeline
 
 import attnpred
+from attnpred.hf import cache_argument
 from attnpred.policies import Policy, Predicted
 from attnpred.store.pool import BlockPool
 from attnpred.telemetry import SEVERAL
@@ -28,6 +29,8 @@ NewCache = Callable[[], Cache]
 
 def generate(model: PreTrainedModel, tokens: Tensor, **settings: Any) -> list[Any]:
     settings.setdefault("attention_mask", torch.ones_like(tokens))
+    if "cache" in settings:
+        settings |= cache_argument(settings.pop("cache"))
     return model.generate(tokens, max_new_tokens=NEW, **settings).tolist()  # type: ignore[union-attr,no-any-return]
 
 
@@ -61,15 +64,15 @@ def chunked_prefill(model: PreTrainedModel, new_cache: NewCache) -> list[Any]:
 
 def second_turn(model: PreTrainedModel, new_cache: NewCache) -> list[Any]:
     cache = new_cache()
-    first = generate(model, prompt(2, 45), do_sample=False, past_key_values=cache)
+    first = generate(model, prompt(2, 45), do_sample=False, cache=cache)
     longer = torch.cat((torch.tensor(first), prompt(2, 11, 3)), 1)
-    return first + generate(model, longer, do_sample=False, past_key_values=cache)
+    return first + generate(model, longer, do_sample=False, cache=cache)
 
 
 def second_turn_of_one_token(model: PreTrainedModel, new_cache: NewCache) -> list[Any]:
     cache = new_cache()
-    first = generate(model, prompt(2, 45), do_sample=False, past_key_values=cache)
-    return first + generate(model, torch.tensor(first), do_sample=False, past_key_values=cache)
+    first = generate(model, prompt(2, 45), do_sample=False, cache=cache)
+    return first + generate(model, torch.tensor(first), do_sample=False, cache=cache)
 
 
 def prompt_lookup(model: PreTrainedModel, new_cache: NewCache) -> list[Any]:
@@ -180,8 +183,8 @@ def test_stats_of_calls_add_up_and_a_conversation_counts_once() -> None:
     with attnpred.attach(model, policy="ema", config=SMALL) as attached:
         greedy(model, prompt(1, 100), 5)
         cache = attached.new_cache()
-        first = greedy(model, prompt(1, 100), 5, past_key_values=cache)
-        greedy(model, first, 5, past_key_values=cache)
+        first = greedy(model, prompt(1, 100), 5, cache=cache)
+        greedy(model, first, 5, cache=cache)
         assert attached.stats()["layers"][0]["sparse_steps"] == 4 + 4 + 5
         assert cache.stats()["layers"][0]["sparse_steps"] == 4 + 5
         attached.reset_stats()

@@ -117,7 +117,7 @@ def assert_same(got: Run, want: Run) -> None:
 
 def assert_the_same_bits(policy: str, settings: attnpred.CacheConfig, offload: str, folder: Path) -> None:
     with new_cache(policy, offloaded(settings, offload, folder)) as cache:
-        got = greedy_logits(tiny_model("llama"), prompt(2, LONG), NEW, past_key_values=cache)
+        got = greedy_logits(tiny_model("llama"), prompt(2, LONG), NEW, cache=cache)
         assert_moved(cache, policy)
     assert_same(got, in_memory(policy, settings))
 
@@ -154,7 +154,7 @@ def test_host_memory_first_and_then_a_file(folder: Path) -> None:
     """The first segment of a layer, of a megabyte, fits into host memory; those of the others do not."""
     settings = replace(offloaded(SMALL, "disk", folder), host_limit=1 << 20)
     with new_cache("ema", settings) as cache:
-        got = greedy_logits(tiny_model("llama"), prompt(2, LONG), NEW, past_key_values=cache)
+        got = greedy_logits(tiny_model("llama"), prompt(2, LONG), NEW, cache=cache)
         assert_moved(cache)
         used = cache.stats()["slow_bytes"]
     assert_same(got, in_memory("ema", SMALL))
@@ -169,7 +169,7 @@ def generate(model: PreTrainedModel, tokens: Tensor, cache: TieredCache, **how: 
     how.setdefault("attention_mask", torch.ones_like(tokens))
     how.setdefault("do_sample", False)
     out = model.generate(
-        tokens, past_key_values=cache, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True, **how
+        tokens, cache=cache, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True, **how
     )
     return finished(out)
 
@@ -228,7 +228,7 @@ def test_rounded_blocks_are_the_same_from_everywhere(dtype: str, folder: Path, t
     for offload, delay in (("cpu", 0.0), ("disk", 0.0), ("disk", 1e-3)):
         with new_cache("predicted", replace(offloaded(SMALL, offload, folder), offload_dtype=dtype)) as cache:
             tiers[-1].delay = delay
-            runs.append(greedy_logits(tiny_model("llama"), prompt(2, LONG), NEW, past_key_values=cache))
+            runs.append(greedy_logits(tiny_model("llama"), prompt(2, LONG), NEW, cache=cache))
             assert_moved(cache)
     assert_same(runs[0], runs[1])
     assert_same(runs[0], runs[2])
@@ -243,7 +243,7 @@ def test_rounded_blocks_are_the_same_whether_they_were_evicted_or_not(monkeypatc
     for more in (0, 5):
         monkeypatch.setattr(estimate, "slots", lambda *args, more=more: few(*args) + more)
         with new_cache("predicted", replace(SMALL, offload="cpu", offload_dtype="int8")) as cache:
-            runs.append(greedy_logits(tiny_model("llama"), prompt(2, LONG), 24, past_key_values=cache))
+            runs.append(greedy_logits(tiny_model("llama"), prompt(2, LONG), 24, cache=cache))
             assert_moved(cache)
     assert_same(*runs)
 
@@ -262,7 +262,7 @@ def logits(cache: TieredCache, trouble: Callable[[], object] = lambda: None) -> 
     for i, tokens in enumerate((prompt(2, LONG), *(prompt(2, 1, i) for i in range(STEPS)))):
         if i == 1 + BEFORE:
             trouble()
-        found.append(tiny_model("llama")(tokens, past_key_values=cache, use_cache=True).logits[:, -1])
+        found.append(tiny_model("llama")(tokens, cache=cache, use_cache=True).logits[:, -1])
     return torch.stack(found)
 
 
@@ -411,11 +411,11 @@ def test_the_file_goes_with_the_last_cache(how: str, first: int, folder: Path) -
     model = tiny_model("llama")
     with attnpred.attach(model, policy="ema", config=offloaded(SMALL, "disk", folder)) as attached:
         caches = [attached.new_cache()]
-        tokens, _ = greedy_logits(model, prompt(1, LONG), 4, past_key_values=caches[0])
+        tokens, _ = greedy_logits(model, prompt(1, LONG), 4, cache=caches[0])
         caches.append(caches[0].fork())
         for place in (first, 0):
             assert len(list(folder.iterdir())) == 1
-            greedy_logits(model, tokens, 4, past_key_values=caches[place])
+            greedy_logits(model, tokens, 4, cache=caches[place])
             gone = caches.pop(place)
             if how == "close":
                 gone.close()
@@ -501,7 +501,7 @@ def test_the_stats_of_a_model_have_the_most_that_a_cache_held(folder: Path) -> N
         greedy_logits(model, prompt(2, LONG), 4)
         stats = attached.stats()
         with attached.new_cache() as cache:
-            greedy_logits(model, prompt(1, LONG), 4, past_key_values=cache)
+            greedy_logits(model, prompt(1, LONG), 4, cache=cache)
             assert cache.stats()["fast_bytes"] < stats["fast_bytes"] == attached.stats()["fast_bytes"]
             assert cache.stats()["slow_bytes"] == {"disk": 3 << 20} == stats["slow_bytes"]
         attached.reset_stats()

@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 import attnpred
 from attnpred.config import CacheConfig
 from attnpred.errors import CacheFileError, ConfigError, NotSparseError, UnsupportedModelError
-from attnpred.hf import TieredCache, fingerprint
+from attnpred.hf import TieredCache, cache_argument, fingerprint
 from attnpred.policies import POLICIES, Predicted
 from attnpred.predictor.layer_groups import LayerGroups
 from attnpred.store import shared
@@ -225,19 +225,17 @@ def test_a_crop_beyond_what_is_kept_is_refused_before_anything_changes(write: Ca
     model, tokens = tiny_model("llama"), prompt(1, 60)
     with attnpred.attach(model, policy="pod", layer_groups=write(model), **WINDOWS) as attached:
         cache, other = attached.new_cache(), attached.new_cache()
-        model(tokens, past_key_values=cache)
+        model(tokens, cache=cache)
         with pytest.raises(ConfigError, match=r"got a crop from 60 to 50 tokens, expected at most 4 fewer"):
             cache.crop(-10)
         assert {layer.get_seq_length() for layer in cache.layers} == {60}
         cache.crop(-4)
-        model(tokens[:, :56], past_key_values=other)
-        got, want = (model(tokens[:, 56:], past_key_values=one).logits for one in (cache, other))
+        model(tokens[:, :56], cache=other)
+        got, want = (model(tokens[:, 56:], cache=one).logits for one in (cache, other))
         torch.testing.assert_close(got, want)
         cache.crop(-58)  # to what lies among the sinks: nothing of it was dropped
         assert cache.get_seq_length() == 2
-        torch.testing.assert_close(
-            model(tokens[:, 2:], past_key_values=cache).logits[:, -1], want[:, -1], rtol=1e-3, atol=1e-4
-        )
+        torch.testing.assert_close(model(tokens[:, 2:], cache=cache).logits[:, -1], want[:, -1], rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -245,19 +243,19 @@ def test_rows_and_forks_go_their_own_way(write: Callable[..., str]) -> None:
     model, tokens = tiny_model("llama"), prompt(3, 60)
     with attnpred.attach(model, policy="pod", layer_groups=write(model), **WINDOWS) as attached:
         cache = attached.new_cache()
-        model(tokens[:, :50], past_key_values=cache)
+        model(tokens[:, :50], cache=cache)
         fork = cache.fork()
-        want = model(tokens[:, 50:], past_key_values=cache).logits
+        want = model(tokens[:, 50:], cache=cache).logits
         fork.reorder_cache(torch.tensor([2, 0, 1]))
         again = copy.deepcopy(fork)
         again.batch_select_indices(torch.tensor([0]))
         again.batch_repeat_interleave(2)
-        got = model(tokens[[2, 0, 1], 50:], past_key_values=fork).logits
+        got = model(tokens[[2, 0, 1], 50:], cache=fork).logits
         torch.testing.assert_close(got, want[[2, 0, 1]])
-        both = model(tokens[[2, 2], 50:], past_key_values=again).logits
+        both = model(tokens[[2, 2], 50:], cache=again).logits
         torch.testing.assert_close(both, want[[2, 2]])
         cache.reset()
-        torch.testing.assert_close(model(tokens, past_key_values=cache).logits[:, 50:], want, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model(tokens, cache=cache).logits[:, 50:], want, rtol=1e-3, atol=1e-4)
 
 
 # What is held
@@ -289,14 +287,14 @@ def test_distant_keys_are_held_once_and_the_rest_is_freed(write: Callable[..., s
     model, tokens = tiny_model("llama"), prompt(1, 400)
     with attnpred.attach(model, policy="full") as attached:
         whole = attached.new_cache()
-        model(tokens, past_key_values=whole)
+        model(tokens, cache=whole)
     row = 400 * 8 * 4  # bytes of the keys of one head
     everything = 3 * 2 * 2 * row
     with attnpred.attach(model, policy="pod", layer_groups=write(model), **WINDOWS) as attached:
         cache = attached.new_cache()
-        model(tokens, past_key_values=cache)
+        model(tokens, cache=cache)
         for token in prompt(1, 40, 5).split(1, 1):
-            model(token, past_key_values=cache)
+            model(token, cache=cache)
         followed = 3 * 440 * 8 * 4  # two heads' layers of the first kv head, one of the second
         saved = cache.stats()["saved_bytes"]
         assert held(whole) == whole.fast_bytes() >= everything
@@ -383,15 +381,15 @@ def test_what_no_layer_of_a_group_needs_is_freed(name: str, write: Callable[...,
     config = settings_of(write(model))
     with attnpred.attach(model, policy=separators(name), config=replace(config, layer_groups=None)) as attached:
         alone = attached.new_cache()
-        model(tokens, past_key_values=alone)
+        model(tokens, cache=alone)
     with attnpred.attach(model, policy="pod", config=config) as attached:
         shared_alone = attached.new_cache()
-        model(tokens, past_key_values=shared_alone)
+        model(tokens, cache=shared_alone)
     with attnpred.attach(model, policy=separators(name), config=config) as attached:
         cache = attached.new_cache()
-        model(tokens, past_key_values=cache)
+        model(tokens, cache=cache)
         for token in prompt(1, 12, 5).split(1, 1):
-            model(token, past_key_values=cache)
+            model(token, cache=cache)
         stores = [layer.store for layer in cache.layers]  # what a policy remembers is beside them
         assert held(cache) == sum(store.fast_bytes() for store in stores)
         left = chosen_blocks(cache)
@@ -416,12 +414,12 @@ def test_after_eviction_it_equals_the_naive_implementation(
     config = settings_of(write(model), budget=48)
     with attnpred.attach(model, policy=name, config=config) as attached:
         cache = attached.new_cache()
-        model(tokens[:, :110], past_key_values=cache)
+        model(tokens[:, :110], cache=cache)
         left = [one.repeat_interleave(SMALL.block_size, 2)[..., :110] for one in chosen_blocks(cache)]
         fork = cache.fork()
         fork.reorder_cache(torch.tensor([1, 0]))
-        found = model(tokens[:, 110 : 110 + tokens_at_once], past_key_values=cache).logits
-        turned = model(tokens[[1, 0], 110 : 110 + tokens_at_once], past_key_values=fork).logits
+        found = model(tokens[:, 110 : 110 + tokens_at_once], cache=cache).logits
+        turned = model(tokens[[1, 0], 110 : 110 + tokens_at_once], cache=fork).logits
     assert any(bool((~one).any()) for one in left)
     torch.testing.assert_close(turned, found[[1, 0]])
     naive(model, windows=(8, 8), kept=left)
@@ -440,8 +438,8 @@ def test_near_tokens_are_always_attended_to(name: str, write: Callable[..., str]
     config = replace(SMALL, layer_groups=write(model), own_sinks=11, own_recent=21)
     with attnpred.attach(model, policy=chosen, config=config) as attached:
         cache = attached.new_cache()
-        model(tokens, past_key_values=cache)
-        model(tokens[:, :1], past_key_values=cache)
+        model(tokens, cache=cache)
+        model(tokens[:, :1], cache=cache)
         for layer in range(3):
             zone, blocks = cache.decoder(layer).attended or pytest.fail("nothing was selected")
             near = {0, 1, 2, *range(100 // SMALL.block_size, zone.blocks)}
@@ -456,17 +454,17 @@ def test_rows_forks_and_crops_after_eviction(name: str, write: Callable[..., str
     config = settings_of(write(model), budget=48)
     with attnpred.attach(model, policy=name, config=config) as attached:
         cache = attached.new_cache()
-        model(tokens[:, :120], past_key_values=cache)
+        model(tokens[:, :120], cache=cache)
         fork, other = cache.fork(), cache.fork()
-        want = [model(token, past_key_values=cache).logits for token in tokens[:, 120:].split(1, 1)]
+        want = [model(token, cache=cache).logits for token in tokens[:, 120:].split(1, 1)]
         fork.batch_select_indices(torch.tensor([1]))
         fork.batch_repeat_interleave(2)
-        got = [model(token, past_key_values=fork).logits for token in tokens[[1, 1], 120:].split(1, 1)]
+        got = [model(token, cache=fork).logits for token in tokens[[1, 1], 120:].split(1, 1)]
         torch.testing.assert_close(torch.cat(got, 1), torch.cat(want, 1)[[1, 1]])
-        model(tokens[:, 120:121], past_key_values=other)
+        model(tokens[:, 120:121], cache=other)
         other.crop(-1)
         assert {layer.get_seq_length() for layer in other.layers} == {120}
-        again = model(tokens[:, 120:121], past_key_values=other).logits
+        again = model(tokens[:, 120:121], cache=other).logits
         if name == "snapkv":  # what h2o dropped at that step is gone
             torch.testing.assert_close(again, want[0])
 
@@ -514,11 +512,11 @@ def test_such_a_cache_is_not_saved_and_needs_the_attached_model(write: Callable[
     model, tokens = tiny_model("llama"), prompt(1, 40)
     with attnpred.attach(model, policy="pod", layer_groups=write(model), **WINDOWS) as attached:
         cache = attached.new_cache()
-        model(tokens, past_key_values=cache)
+        model(tokens, cache=cache)
         with pytest.raises(CacheFileError, match="whose layers share keys"):
             cache.save(tmp_path / "a.kv")
     with pytest.raises(NotSparseError, match="not attached"):
-        model(tokens[:, :1], past_key_values=cache)
+        model(tokens[:, :1], **cache_argument(cache))
 
 
 def test_pod_without_groups_says_that_nothing_is_shared(caplog: pytest.LogCaptureFixture) -> None:

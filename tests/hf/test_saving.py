@@ -55,7 +55,7 @@ def logits(cache: TieredCache, *calls: Tensor, mask: Tensor | None = None, famil
     for tokens in calls:
         if mask is not None:
             mask = torch.cat((mask, torch.ones_like(tokens)), 1)
-        out = tiny_model(family)(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+        out = tiny_model(family)(tokens, attention_mask=mask, cache=cache, use_cache=True)
         found.append(out.logits[:, -1])
     return torch.stack(found)
 
@@ -480,7 +480,7 @@ def test_loading_reads_next_to_nothing(offload: str | None, tmp_path: Path) -> N
             cache.update(keys, -keys, index)
         cache.save(path)
         with torch.no_grad():
-            want = model(prompt(1, 1), past_key_values=cache, use_cache=True).logits
+            want = model(prompt(1, 1), cache=cache, use_cache=True).logits
         cache.close()
         size = path.stat().st_size
         assert size > 120e6
@@ -489,7 +489,7 @@ def test_loading_reads_next_to_nothing(offload: str | None, tmp_path: Path) -> N
         assert time.perf_counter() - began < 1
         assert bytes_read() - read < size / 20
         with torch.no_grad():
-            assert torch.equal(model(prompt(1, 1), past_key_values=loaded, use_cache=True).logits, want)
+            assert torch.equal(model(prompt(1, 1), cache=loaded, use_cache=True).logits, want)
         assert bytes_read() - read < size / 10 if offload else bytes_read() - read > size / 2
 
 
@@ -530,7 +530,7 @@ def test_a_prefix_is_not_computed_again(offload: str | None, tmp_path: Path) -> 
     with attached("predicted", whole) as handle:
         cache = handle.new_cache()
         told = model.generate(
-            first, attention_mask=torch.ones_like(first), max_new_tokens=10, do_sample=False, past_key_values=cache
+            first, attention_mask=torch.ones_like(first), max_new_tokens=10, do_sample=False, cache=cache
         )
         cache.save(path)
         cache.close()
@@ -548,7 +548,7 @@ def test_a_prefix_is_not_computed_again(offload: str | None, tmp_path: Path) -> 
             cache = TieredCache.load(path, model, prefix=ids, predictor=predictor(), offload_dir=whole.offload_dir)
             assert cache.get_seq_length() == kept
             fed.clear()
-            assert torch.equal(model.generate(ids, past_key_values=cache, **asked), want)
+            assert torch.equal(model.generate(ids, cache=cache, **asked), want)
             assert fed == [ids.shape[1] - kept, 1, 1, 1, 1]
             assert cache.tokens is not None and torch.equal(cache.tokens, want[:, :-1])
             cache.close()
@@ -585,7 +585,7 @@ def test_generate_notes_the_tokens(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
     with attached("ema") as handle:
         cache = handle.new_cache()
-        out = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **asked)
+        out = model.generate(ids, cache=cache, return_dict_in_generate=True, **asked)
         assert cache.tokens is not None and torch.equal(cache.tokens, out.sequences[:, :-1])
         cache.save(tmp_path / "a.kv")
         loaded = load(tmp_path / "a.kv")
@@ -606,7 +606,7 @@ def test_generate_notes_the_tokens(tmp_path: Path) -> None:
         embedded = {"inputs_embeds": model.get_input_embeddings()(ids)}
         for given, more in ((ids, {"num_beams": 2}), (None, embedded), (ids, embedded)):
             cache = handle.new_cache()
-            model.generate(given, past_key_values=cache, **asked, **more)
+            model.generate(given, cache=cache, **asked, **more)
             assert cache.get_seq_length() == 73 and cache.tokens is None
 
 

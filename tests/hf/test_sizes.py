@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from attnpred.config import CacheConfig
 from attnpred.errors import UnsupportedModelError
-from attnpred.hf import TieredCache, attach, make_policy
+from attnpred.hf import TieredCache, attach, cache_argument, make_policy
 from attnpred.hf.sizes import estimate_for, layer_shapes
 from attnpred.hf.support import is_served
 from attnpred.policies import POLICIES
@@ -30,9 +30,9 @@ def run(model: PreTrainedModel, policy: Policy[Any], settings: CacheConfig, batc
     text = prompt(batch, tokens)
     with attach(model, policy=policy, config=settings) as attached, torch.no_grad():
         cache = attached.new_cache()
-        model(text[:, :-STEPS], past_key_values=cache)
+        model(text[:, :-STEPS], cache=cache)
         for i in range(tokens - STEPS, tokens):
-            model(text[:, i : i + 1], past_key_values=cache)
+            model(text[:, i : i + 1], cache=cache)
     return cache
 
 
@@ -89,7 +89,7 @@ def test_the_full_cache_is_the_stock_one(family: str) -> None:
     model = mixed_gemma() if family == "mixed gemma" else tiny_model(family)
     stock = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prompt(2, 40), past_key_values=stock)
+        model(prompt(2, 40), **cache_argument(stock))
     full: list[Any] = [layer for layer in stock.layers if is_served(layer)]
     policy = POLICIES["ema"]()
     shapes = layer_shapes(model.config, SMALL, policy, torch.float32, 40, 2)

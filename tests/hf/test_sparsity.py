@@ -28,7 +28,7 @@ def after_prompt(model: PreTrainedModel, policy: str, settings: attnpred.CacheCo
     """Return a cache, of the attached `model`, that has seen a prompt of 101 tokens."""
     chosen = Predicted(predictor()) if policy == "predicted" else policy
     cache = TieredCache(model.config, policy=chosen, settings=settings)
-    model(prompt(batch, 101), past_key_values=cache)
+    model(prompt(batch, 101), cache=cache)
     return cache
 
 
@@ -52,7 +52,7 @@ def poison(cache: TieredCache, layer: int, outside: bool, head: int | None = Non
 
 
 def step(model: PreTrainedModel, cache: TieredCache) -> Tensor:
-    return model(prompt(cache.layers[0].store.keys.shape[0], 1, 9), past_key_values=cache).logits  # type: ignore[no-any-return]
+    return model(prompt(cache.layers[0].store.keys.shape[0], 1, 9), cache=cache).logits  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -120,11 +120,11 @@ def test_a_cache_of_the_demo_model_is_saved_and_found_again(tmp_path: Path) -> N
     tokens = torch.randint(10, 4000, (1, 420), generator=torch.Generator().manual_seed(0))
     with attnpred.attach(model, policy="seer", budget=192, dense_layers=0) as attached:
         cache = attached.new_cache()
-        model(tokens[:, :-2], past_key_values=cache)
-        model(tokens[:, -2:-1], past_key_values=cache)
+        model(tokens[:, :-2], cache=cache)
+        model(tokens[:, -2:-1], cache=cache)
         cache.save(tmp_path / "a.kv")
         loaded = TieredCache.load(tmp_path / "a.kv", model)
         assert isinstance(loaded.policy, Seer)
-        one, other = (model(tokens[:, -1:], past_key_values=each).logits for each in (cache, loaded))
+        one, other = (model(tokens[:, -1:], cache=each).logits for each in (cache, loaded))
         assert torch.equal(one, other)
         assert cache.stats()["total"]["sparse_steps"] == loaded.stats()["total"]["sparse_steps"] + 5 > 5

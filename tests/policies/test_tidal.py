@@ -79,7 +79,7 @@ def test_in_a_model_the_layers_after_use_the_same_blocks(family: str) -> None:
     model, settings = tiny_model(family), SMALL
     with attnpred.attach(model, policy=TidalDecode(0, 2), config=settings) as handle:
         cache = handle.new_cache()
-        greedy(model, prompt(2, 100), 5, past_key_values=cache)
+        greedy(model, prompt(2, 100), 5, cache=cache)
         first, *others = chosen_by(cache)
         length = cache.get_seq_length()
         assert torch.equal(first[0, 0], torch.arange(-(-length // 4)))
@@ -96,15 +96,15 @@ def test_leaders_are_found_again_after_a_fork_and_a_load(offload: str | None, tm
     model, settings = tiny_model("llama"), replace(SMALL, offload=offload)
     with attnpred.attach(model, policy=TidalDecode(0, 2), config=settings) as handle:
         cache = handle.new_cache()
-        model(prompt(2, 90), past_key_values=cache)
-        model(prompt(2, 1, 5), past_key_values=cache)
+        model(prompt(2, 90), cache=cache)
+        model(prompt(2, 1, 5), cache=cache)
         cache.save(tmp_path / "a.kv")
         others = [cache.fork(), TieredCache.load(tmp_path / "a.kv", model)]
         for other in others:
             assert other.decoders[1].memory.leader is other.decoders[0].memory is not cache.decoders[0].memory
         tokens = prompt(2, 1, 6)
-        want = model(tokens, past_key_values=cache).logits
-        assert all(torch.equal(model(tokens, past_key_values=other).logits, want) for other in others)
+        want = model(tokens, cache=cache).logits
+        assert all(torch.equal(model(tokens, cache=other).logits, want) for other in others)
 
 
 @pytest.mark.parametrize("wrong", [(-1, 2), (3, 2), (True, 2), (0, 2.5)])

@@ -49,7 +49,7 @@ def test_training_computes_what_an_attached_model_computes(demo: tuple[Any, Any]
     ours = model.logits(params, model.Shape(), tokens, positions, attend).float()
     dense = model.logits(params, model.Shape(), tokens, positions).float()
     with attnpred.attach(lm, policy="pod", layer_groups=groups, own_sinks=4, own_recent=20) as attached:
-        theirs = lm(tokens, past_key_values=attached.new_cache()).logits
+        theirs = lm(tokens, cache=attached.new_cache()).logits
     error, effect = (ours - theirs).norm() / theirs.norm(), (dense - theirs).norm() / theirs.norm()
     assert error < 0.03 and effect > 4 * error, f"{error:.4f} of {effect:.4f}"  # the recipe's numbers are bf16
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
-HEADER = "# Written by `make lock` from pyproject.toml (core, plot, fast, dev). Do not edit.\n"
+EXTRAS = ("plot", "fast", "gguf", "dev")
+HEADER = f"# Written by `make lock` from pyproject.toml (core, {', '.join(EXTRAS)}). Do not edit.\n"
 LEFT_TO_TORCH = re.compile(r"(nvidia|cuda)-")
 MACHINE = "platform_machine == 'x86_64'"
 OTHER_PLATFORM = "sys_platform == 'emscripten'"
@@ -27,27 +28,16 @@ def wanted(line: str) -> bool:
 
 def narrowed(line: str) -> str:
     """Return `line` as it is, or for triton with the condition of pyproject.toml beside that of torch."""
-    if not line.startswith("triton==") or MACHINE in line:
+    pin, _, condition = line.strip().partition(" ; ")
+    if not pin.startswith("triton=="):
         return line
-    return f"{line.rstrip()} and {MACHINE}\n"
+    return f"{pin} ; ({condition or MACHINE}) and {MACHINE}\n"
 
 
 def main() -> int:
     """Write the lock; return the exit code."""
-    command = [
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "compile",
-        "pyproject.toml",
-        "--extra",
-        "plot",
-        "--extra",
-        "fast",
-        "--extra",
-        "dev",
-    ]
+    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml"]
+    command += [word for extra in EXTRAS for word in ("--extra", extra)]
     command += ["--universal", "--python-version", "3.10", "--no-header", "--no-annotate", "--quiet", "--no-config"]
     command += ["--output-file", LOCK.name, *sys.argv[1:]]  # uv keeps the pins it finds in the output file
     code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode

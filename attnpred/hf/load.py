@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from attnpred.errors import UnsupportedModelError
 from attnpred.hf import named_models
+from attnpred.hf.config_border import check_config
 from attnpred.hf.fetch import fetch_model
 from attnpred.hf.gguf_file import converted, is_gguf
 from attnpred.hf.named_models import DEMO_MODEL
@@ -37,26 +38,34 @@ def load_model(model: str, *, device: str | None = None, dtype: str | torch.dtyp
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model == "demo" and where == "cpu":
         dtype = torch.float32
+    check_config(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise _no_model(model, error) from None
+    except Exception as error:  # files of anyone's making, read by code of every family: it may be any
+        raise _no_model(model, error) from error
     return loaded.to(where).eval(), tokenizer
 
 
 def load_config(model: str) -> tuple[PreTrainedConfig, torch.dtype]:
     """Return (config, dtype) of what `load_model(model)` would load, without its weights."""
+    source = source_of(model)
+    check_config(source)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source_of(model))
-    except (OSError, ValueError) as error:
-        raise _no_model(model, error) from None
-    dtype: Any = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source)
+    except Exception as error:  # as above
+        raise _no_model(model, error) from error
+    text: Any = config.get_text_config(decoder=True)
+    dtype: Any = config.dtype or getattr(text, "dtype", None) or torch.float32
+    if not isinstance(text, PreTrainedConfig) or not isinstance(dtype, torch.dtype):
+        raise _no_model(
+            model, TypeError(f"its config has {text if isinstance(dtype, torch.dtype) else dtype!r} inside")
+        )
     return config, torch.float32 if model == "demo" and not torch.cuda.is_available() else dtype
 
 
 def _no_model(model: str, error: Exception) -> UnsupportedModelError:
-    first = str(error).strip().splitlines()[0]
+    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     return UnsupportedModelError(
         f"got model {model!r}, expected a Hub id, a local folder, a GGUF file or a name of `attnpred models`: {first}"
     )

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from attnpred.config import CacheConfig
+from attnpred.errors import UnsupportedModelError
 from attnpred.hf.autocast import without_autocast
 from attnpred.hf.support import is_served, refuse_unsupported
 from attnpred.policies.base import Policy, View
@@ -129,4 +130,8 @@ def _shape(config: Any, item_bytes: int, is_dense: bool) -> LayerShape:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     key_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     value_dim = getattr(config, "v_head_dim", None) or key_dim
+    if key_dim < 1 or heads % kv_heads:
+        raise UnsupportedModelError(
+            f"got {heads} heads, {kv_heads} kv heads and {key_dim} channels each, expected whole groups of at least one channel"
+        )
     return LayerShape(kv_heads, key_dim, value_dim, item_bytes, heads // kv_heads, is_dense=is_dense)

@@ -16,6 +16,16 @@ from attnpred.cli.words import layers
 
 PACKAGES = ("attnpred", "torch", "transformers")
 
+KERNELS = {
+    "reference": "plain torch in fp32, which the others are checked against",
+    "torch": "torch's own operations, on any device",
+    "numba": "compiled for this CPU at first use (extra `fast`)",
+    "triton": "compiled for a CUDA GPU at first use",
+}
+SLOW_TIERS = {
+    "cpu": "host memory holds the blocks that the budget does not (--offload cpu)",
+    "disk": "a file holds them, gone with the cache (--offload disk); host memory first with --host-limit",
+}
 DEFAULT_CONTEXT = 32768
 """Tokens, for a model that does not say how many it was made for."""
 
@@ -144,21 +154,16 @@ def collect() -> dict[str, Any]:
     from attnpred.evaluation.tasks import TASKS
     from attnpred.kernels import DECODE_BACKENDS, DIGEST, DIGEST_BACKENDS
     from attnpred.policies import POLICIES
-    from attnpred.store import TIERS
 
     return {
         "versions": {"python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}},
         "devices": _devices(),
         "policies": {name: _first_line(policy) for name, policy in POLICIES.items()},
         "kernels": {
-            name: _first_line(backend) + (" (in use where it can take the tensors)" if name == DIGEST else "")
-            for name, backend in DECODE_BACKENDS.items()
+            name: KERNELS[name] + (" (in use)" if name == DIGEST else "")
+            for name in dict.fromkeys((*DECODE_BACKENDS, *DIGEST_BACKENDS))
         },
-        "selection kernels": {
-            name: _first_line(backend) + (" (in use)" if name == DIGEST else "")
-            for name, backend in DIGEST_BACKENDS.items()
-        },
-        "tiers": {name: _first_line(tier) for name, tier in TIERS.items()},
+        "tiers": SLOW_TIERS,
         "tasks": {name: _first_line(type(make())) for name, make in TASKS.items()},
         "predictors": _predictors(),
     }

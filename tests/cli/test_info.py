@@ -9,13 +9,12 @@ import torch
 from transformers import Gemma3Config, LlamaConfig, MistralConfig
 
 from attnpred.cli.main import main
-from attnpred.config import CacheConfig
+from attnpred.config import OFFLOADS, CacheConfig
 from attnpred.hf import load_model, make_policy
 from attnpred.hf.load import load_config
 from attnpred.hf.sizes import estimate_for
-from attnpred.kernels import DECODE_BACKENDS
+from attnpred.kernels import DECODE_BACKENDS, DIGEST_BACKENDS
 from attnpred.policies import POLICIES
-from attnpred.store import TIERS
 from attnpred.store.estimate import readable
 from tests.models import BASE
 
@@ -23,7 +22,7 @@ from tests.models import BASE
 def test_json_is_one_object_on_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(facts["policies"]) == set(POLICIES) and set(facts["kernels"]) == set(DECODE_BACKENDS)
+    assert set(facts["policies"]) == set(POLICIES) and set(facts["kernels"]) == {*DECODE_BACKENDS, *DIGEST_BACKENDS}
     assert {"attnpred", "torch", "transformers", "python"} == set(facts["versions"])
     assert "cpu" in facts["devices"]
 
@@ -77,10 +76,18 @@ def sizes(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_tiers_say_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiers_are_those_that_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     tiers = json.loads(capsys.readouterr().out)["tiers"]
-    assert set(tiers) == set(TIERS) and all(tiers.values())
+    assert {None, *tiers} == set(OFFLOADS) and all(f"--offload {name}" in about for name, about in tiers.items())
+
+
+def test_what_is_shown_is_for_users(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "for tests" not in shown and not [
+        word for word in ("fake", "sparse_decode", "contract", "any_of:", "shots:") if word in shown
+    ]
 
 
 def test_a_models_cache_is_what_the_estimate_says(capsys: pytest.CaptureFixture[str]) -> None:

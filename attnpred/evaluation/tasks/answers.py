@@ -43,7 +43,7 @@ def _examples(tokenizer: Any, wanted: Wanted, task: str, name: str, labels: tupl
 @final
 @dataclass(frozen=True, slots=True)
 class Math500(Task):
-    """Problems of competitions; answers are LaTeX."""
+    """MATH-500: problems of competitions, from its file; answers are LaTeX."""
 
     needs_file: ClassVar[bool] = True
 
@@ -57,7 +57,7 @@ class Math500(Task):
 @final
 @dataclass(frozen=True, slots=True)
 class Aime24(Task):
-    """Problems whose answers are whole numbers from 0 to 999."""
+    """AIME 2024: problems of a competition, from its file; answers are whole numbers from 0 to 999."""
 
     needs_file: ClassVar[bool] = True
 

@@ -28,7 +28,10 @@ _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 @final
 @dataclass(frozen=True, slots=True)
 class Gsm8k(Task):
-    """shots: examples in a prompt; None goes by `SHOTS`, and for other lengths takes as many as fit. shots_file: of them."""
+    """GSM8K: word problems of grade school after many worked ones, from its file.
+
+    shots: examples in a prompt; None goes by `SHOTS`, and for other lengths takes as many as fit. shots_file: of them.
+    """
 
     shots: int | None = None
     shots_file: Path | None = None

@@ -137,7 +137,7 @@ DATASETS = {
 @final
 @dataclass(frozen=True, slots=True)
 class LongBench(Task):
-    """A file of one dataset, or of several."""
+    """LongBench: questions, summaries and code, from a file of one of its datasets, or of several."""
 
     metric: ClassVar[str] = "longbench_score"
     needs_file: ClassVar[bool] = True

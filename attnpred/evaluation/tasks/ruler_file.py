@@ -16,7 +16,9 @@ from attnpred.evaluation.tasks.prompts import prompt
 @final
 @dataclass(frozen=True, slots=True)
 class RulerFile(Task):
-    """A file of any RULER task; any_of: one of the outputs is enough (its qa tasks), else they are all wanted.
+    """RULER: any of its tasks, from its own file; share of the wanted words that is found.
+
+    any_of: one of the outputs is enough (its qa tasks), else they are all wanted.
 
     new_tokens: 128 for the needles, 120, 50, 30 and 32 for common words, frequent words, tracking and qa are published;
     the longest does for all, as only what stands in an answer counts.

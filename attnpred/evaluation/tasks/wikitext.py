@@ -24,7 +24,7 @@ from attnpred.reading import read_text
 @final
 @dataclass(frozen=True, slots=True)
 class WikiText(Task):
-    """Teacher-forced decode steps after a dense past."""
+    """WikiText: bits per byte of its raw file, each piece continued after its own past."""
 
     metric: ClassVar[str] = "bits_per_byte"
     lower_is_better: ClassVar[bool] = True

@@ -3,7 +3,8 @@
 llama.cpp (the package xllamacpp, extra `rivals`) gives the log-probabilities of its ten likeliest tokens. It rounds
 activations to 8 bits where weights are in blocks, so it differs from exact arithmetic by more than the last bits:
 `difference` is the mean over those ten, in nats. A *near-tie* is a prompt whose two best tokens lie closer than `TIE` here.
-The same for weights rounded to bf16 says what storing them so would cost. Writes docs/results/llama_logits.json.
+The same with weights that are unpacked, but not rounded to bf16, says what storing them so costs. Writes
+docs/results/llama_logits.json.
 """
 
 import json
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from attnpred.evaluation.book import demo_book
 from attnpred.hf import load_model
 from attnpred.hf.fetch import fetch_gguf
+from attnpred.hf.gguf_file import gguf_arguments
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results" / "llama_logits.json"
 MODEL = "smollm2"
@@ -84,20 +87,24 @@ def compare(rows: Sequence[Tensor], theirs: Sequence[dict[int, float]]) -> Agree
     return Agreement(len(rows), same, near, sum(differences) / len(differences), max(differences))
 
 
-def measure() -> dict[str, Agreement]:
-    """Return the agreement with the weights as they are, and rounded to bf16."""
+def measure(also_exact: bool = False) -> dict[str, Agreement]:
+    """Return the agreement with the weights as they are stored, and with those that are not rounded."""
     model, tokenizer = load_model(MODEL, device="cpu", dtype=torch.float32)
     ids = prompts(tokenizer)
-    with llama(fetch_gguf(MODEL)) as server:
+    path = fetch_gguf(MODEL)
+    with llama(path) as server:
         theirs = [likeliest(server, one) for one in ids]
-    exact = [ours(model, one) for one in ids]
-    model.to(torch.bfloat16).to(torch.float32)
-    return {"fp32": compare(exact, theirs), "bf16": compare([ours(model, one) for one in ids], theirs)}
+    found = {"stored": compare([ours(model, one) for one in ids], theirs)}
+    if also_exact:
+        how = {"quantization_config": transformers.GgufConfig(dequantize=True), "dtype": torch.float32}
+        exact = transformers.AutoModelForCausalLM.from_pretrained(**gguf_arguments(path), **how).eval()
+        found["exact"] = compare([ours(exact, one) for one in ids], theirs)
+    return found
 
 
 def main() -> int:
     """Measure, write and print."""
-    found = {name: asdict(one) for name, one in measure().items()}
+    found = {name: asdict(one) for name, one in measure(also_exact=True).items()}
     OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found))
     return 0

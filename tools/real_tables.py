@@ -69,12 +69,12 @@ def llama() -> str:
     if not path.is_file():
         return ""
     found = json.loads(path.read_text(encoding="utf-8"))
-    exact, rounded = found["fp32"], found["bf16"]
+    stored, exact = found["stored"], found["exact"]
     return (
-        f"The load is checked against llama.cpp on the same GGUF file (`python -m tools.llama_logits`): of {exact['prompts']} prompts "
-        f"{exact['same']} have the same next token, {exact['near_ties']} are near-ties, and the log-probabilities of its ten "
-        f"likeliest tokens differ by {exact['difference']:.3f} nats on average, at most {exact['largest']:.2f} (llama.cpp rounds activations "
-        f"to 8 bits there). With weights rounded to bf16 it would be {rounded['difference']:.3f}."
+        f"The load is checked against llama.cpp on the same GGUF file (`python -m tools.llama_logits`): of {stored['prompts']} "
+        f"prompts {stored['same']} have the same next token, {stored['near_ties']} are near-ties, and the log-probabilities of its "
+        f"ten likeliest tokens differ by {stored['difference']:.3f} nats on average, at most {stored['largest']:.2f} (llama.cpp "
+        f"rounds activations to 8 bits there). Weights that are not rounded to bf16 differ by {exact['difference']:.3f}."
     )
 
 

@@ -3,25 +3,29 @@
 Unpacking the blocks of a GGUF file takes half a minute for a small model; the folder then loads in a second. It is keyed by
 the content of the file, so a file that moves is not converted again, and one that changes is.
 
-The folder is in fp32 where the file holds blocks: a block's numbers are a product and a sum of numbers of 16 bits, which
-bf16 would round; a file of plain numbers keeps theirs. So the folder takes the memory and the disk of a plain model:
-transformers has kernels that compute with packed blocks, but for no CPU.
+The folder is in bf16 where the file holds blocks, else in the numbers of the file: half the disk of fp32, and a GPU, or a
+CPU that multiplies bf16, loads it as it is. It rounds what is rounded far more in the blocks: next to llama.cpp on the same
+file nobody can tell (`tools/llama_logits.py`). transformers can also leave the blocks packed; it has kernels for that, which
+are native code from the Hub, on some GPUs and on no CPU, so this is not done here.
 """
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from attnpred.errors import StoreError, UnsupportedModelError, missing_extra
 from attnpred.hf.named_models import models_folder
 from attnpred.hf.once import once, say
 
-FOLDER = "from-gguf-1"
+FOLDER = "from-gguf-2"
 """Changes when the same file would be converted to something else."""
 
 MAGIC = b"GGUF"
@@ -80,18 +84,12 @@ def _convert(path: Path, made: Path) -> Path:
     say(f"converting {path.name} to safetensors, once")
     before = _state(path)
     given = gguf_arguments(path)
-    # Up to transformers 5.20 the blocks are always unpacked, and there is no such configuration.
+    # Older versions always unpack the blocks, and have no such configuration.
     packing = getattr(transformers, "GgufConfig", None)
     how = {"quantization_config": packing(dequantize=True)} if packing else {}
-    try:
+    with _readable(path):
         tokenizer = AutoTokenizer.from_pretrained(**given)
-        model: Any = AutoModelForCausalLM.from_pretrained(**given, **how)
-    except Exception as error:  # whatever a reader of binary files makes of a file that is not as it expects
-        first = next(iter(str(error).strip().splitlines()), "")
-        raise UnsupportedModelError(
-            f"got {path}, expected a GGUF file that transformers {transformers.__version__} reads: "
-            f"{type(error).__name__}: {first}"
-        ) from error
+        model: Any = AutoModelForCausalLM.from_pretrained(**given, **how, dtype=_dtype(path))
     if _state(path) != before:
         raise UnsupportedModelError(f"got {path} changed while it was converted, expected it at rest: try again")
     vars(model.config).pop("quantization_config", None)
@@ -101,6 +99,42 @@ def _convert(path: Path, made: Path) -> Path:
     except SafetensorError as error:
         raise StoreError(f"got {error} while {made.parent} was written, expected room for the model") from error
     return made
+
+
+def config_of(path: Path) -> PreTrainedConfig:
+    """Return the config in the header of a GGUF file, without its weights; raises as `converted`."""
+    digest = _digest(path)
+    if folder_of(digest).exists():
+        found: PreTrainedConfig = AutoConfig.from_pretrained(str(folder_of(digest)))
+        return found
+    need_extra()
+    with _readable(path):
+        found = AutoConfig.from_pretrained(**gguf_arguments(path))
+        found.dtype = _dtype(path)
+    return found
+
+
+def _dtype(path: Path) -> torch.dtype:
+    """Return in which numbers the file is unpacked."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    kinds = {GGMLQuantizationType(tensor.tensor_type).name for tensor in GGUFReader(path).tensors}
+    halves = kinds - {"F32"}  # beside which norms are in 32 bits
+    return plain[halves.pop() if halves else "F32"] if kinds <= plain.keys() and len(halves) < 2 else torch.bfloat16
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise `UnsupportedModelError` for whatever a reader of binary files makes of one that is not as it expects."""
+    try:
+        yield
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise UnsupportedModelError(
+            f"got {path}, expected a GGUF file that transformers {transformers.__version__} reads: "
+            f"{type(error).__name__}: {first}"
+        ) from error
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """A GGUF file loads like a folder, is converted once, and is refused in one line where it cannot be read."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ import gguf
 
 from attnpred.errors import MissingExtraError, StoreError, UnsupportedModelError
 from attnpred.hf import gguf_file, load_model
-from attnpred.hf.gguf_file import converted
+from attnpred.hf.gguf_file import config_of, converted
 from attnpred.hf.load import load_config
 from attnpred.hf.once import once
 from tests.gguf_files import logits, write_gguf
 from tests.models import prompt
 
-Q4_1, Q8_0 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0
+Kind = gguf.GGMLQuantizationType
+Q4_1, Q8_0, F16, BF16 = Kind.Q4_1, Kind.Q8_0, Kind.F16, Kind.BF16
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +38,26 @@ def test_a_file_of_plain_numbers_gives_the_very_logits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Q4_1, Q8_0])
-def test_blocks_are_unpacked_without_rounding(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
+def test_blocks_are_unpacked_and_rounded_to_bf16(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
     model = write_gguf(tmp_path / "tiny.gguf", kind)
     loaded, _ = load_model(str(tmp_path / "tiny.gguf"), dtype=torch.float32)
     for name in ("self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj"):
         given = model.get_submodule(f"model.layers.1.{name}").weight.detach().numpy()
         expected = gguf.dequantize(gguf.quantize(given, kind), kind)
-        assert torch.equal(loaded.get_submodule(f"model.layers.1.{name}").weight, torch.from_numpy(expected)), name
+        rounded = torch.from_numpy(expected).bfloat16().float()
+        assert torch.equal(loaded.get_submodule(f"model.layers.1.{name}").weight, rounded), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(None, "float32"), (Q4_1, "bfloat16"), (F16, "float16"), (BF16, "bfloat16")]
+)
+def test_the_config_can_be_had_without_converting(kind: Any, dtype: str, tmp_path: Path, own_cache: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", kind)
+    found = config_of(tmp_path / "tiny.gguf")
+    assert found.hidden_size == 32 and found.dtype == getattr(torch, dtype)
+    assert not own_cache.exists()
+    converted(tmp_path / "tiny.gguf")
+    assert config_of(tmp_path / "tiny.gguf").dtype == found.dtype
 
 
 def test_it_is_converted_once_and_again_when_its_content_changes(

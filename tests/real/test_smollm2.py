@@ -68,7 +68,7 @@ def test_it_finds_a_pass_key_with_a_thirteenth_of_the_cache(smollm2: tuple[Any, 
 
 def test_its_next_token_is_that_of_llama_cpp(record_property: Any) -> None:
     pytest.importorskip("xllamacpp")
-    found = llama_logits.measure()["fp32"]
+    found = llama_logits.measure()["stored"]
     record_property("agreement", str(found))
     print(found)
     assert found.prompts == 50 and found.same + found.near_ties == 50

@@ -15,12 +15,15 @@ what it attends to is not what is stored. Mask sizes stay full, so padding masks
 
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.cache_argument import cache_argument
-from attnpred.hf.carry import carry_over
+from attnpred.hf.carry import carry_over, is_carried, last_queries
 from attnpred.hf.choose import fingerprint, make_policy, make_settings
 from attnpred.hf.handle import Attached, attach
+from attnpred.hf.header import made_by
 from attnpred.hf.layer import TieredLayer
 from attnpred.hf.load import load_model, source_of, text_streamer
+from attnpred.hf.loading import load_keys
 from attnpred.hf.named_models import DEMO_MODEL
+from attnpred.hf.sizes import estimate_for
 from attnpred.hf.support import refuse_unsupported
 
 __all__ = [
@@ -32,8 +35,13 @@ __all__ = [
     "attach",
     "cache_argument",
     "carry_over",
+    "estimate_for",
     "fingerprint",
+    "is_carried",
+    "last_queries",
+    "load_keys",
     "load_model",
+    "made_by",
     "make_policy",
     "make_settings",
     "refuse_unsupported",

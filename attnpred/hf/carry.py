@@ -1,16 +1,33 @@
 """`carry_over`: a text that was read once goes on under several policies.
 
 Reading leaves two things behind. Keys and values are the same for every policy, since a text is read with full attention;
-they are copied here. What a policy remembers, it takes from the attention of the text's last queries (`CacheConfig.history`
-of them at most); so these are read again, by each cache for itself: leave that many tokens out of the first reading, and
-give them to every cache after `carry_over`. Then each is in the state in which it would be had it read all of the text.
+they are copied here. What a policy remembers, it takes from the attention of the text's last queries (`last_queries`); so
+these are read again, by each cache for itself: leave that many tokens out of the first reading, and give them to every cache
+after `carry_over`, in one call. Then each is in the state in which it would be had it read all of the text.
 """
 
 import copy
+from typing import Any
 
+from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.hf.cache import TieredCache
 from attnpred.hf.layer import TieredLayer
+from attnpred.policies.base import Policy
+
+WINDOW = 64
+"""The most of a text's last queries that a policy looks at, beside those of the history (`snapkv`)."""
+
+
+def last_queries(settings: CacheConfig) -> int:
+    """Return how many of a text's last tokens each policy has to read for itself."""
+    return max(WINDOW, settings.history)
+
+
+def is_carried(policy: Policy[Any], settings: CacheConfig) -> bool:
+    """Return whether keys, values and the last queries of a text are all that `policy` takes from it."""
+    memory = policy.memory(settings, 0)
+    return not (policy.reads_tokens or memory.every or memory.rows > last_queries(settings))
 
 
 def carry_over(source: TieredCache, cache: TieredCache) -> None:
@@ -42,8 +59,7 @@ def _check(source: TieredCache, cache: TieredCache) -> None:
             "got a cache that evicts or shares keys between layers, expected one with all keys of every layer: "
             "read the text again"
         )
-    served = [i for i, layer in enumerate(cache.layers) if type(layer) is TieredLayer]
-    if cache.policy.reads_tokens or any(cache.decoder(i).memory.every for i in served):
+    if not is_carried(cache.policy, cache.settings):
         raise ConfigError(
             f"got policy {type(cache.policy).__name__}, which looks at every token of a text while it is read, expected one "
             "that looks at the last ones: read the text again"

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnpred.config import CacheConfig
 from attnpred.errors import CacheFileError, ConfigError
+from attnpred.hf.autocast import attending_dtype
 from attnpred.hf.choose import fingerprint, make_policy
 from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
@@ -187,6 +188,11 @@ def weights_hash(predictor: Predictor) -> str:
 def name_of(dtype: torch.dtype) -> str:
     """Return "float32" and the like."""
     return str(dtype).removeprefix("torch.")
+
+
+def made_by(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what keys and values depend on beside the tokens, as far as a header tells it."""
+    return _identity(model.config) | {"dtype": name_of(attending_dtype(model.device, model.dtype))}
 
 
 def _identity(config: PreTrainedConfig) -> dict[str, Any]:

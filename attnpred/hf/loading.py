@@ -11,6 +11,7 @@ All of a loaded cache lies on the device of the model, which must be one.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from attnpred.config import CacheConfig
 from attnpred.errors import CacheFileError, ShapeError
 from attnpred.hf.autocast import attending_dtype
 from attnpred.hf.cache import TieredCache
 from attnpred.hf.header import Header
 from attnpred.hf.layer import TieredLayer
 from attnpred.hf.saving import TOKENS, WINDOW, check_value
+from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.policies.predicted import Predicted
@@ -50,19 +53,55 @@ def load(
     **overrides: Any,
 ) -> TieredCache:
     """Return a cache that goes on where the saved one was; see `TieredCache.load`."""
-    path = Path(path).expanduser()
+    file, header = _open(Path(path).expanduser(), model)
+    settings = header.settings_with(overrides)
+    chosen = header.find_policy(policy, predictor, model.config, settings, file.path)
+    return _begin(file, header, model, prefix, chosen, settings)
+
+
+def load_keys(
+    path: str | Path, model: PreTrainedModel, prefix: Tensor, policy: Policy[Any], settings: CacheConfig
+) -> TieredCache:
+    """Return a cache of what `prefix` has in common with a saved one, for any policy and any settings but its block size.
+
+    Keys and values are those that were saved. What a policy remembers is not: `policy` begins with the queries that come
+    next, and sees the keys of all blocks then. It needs the last queries of a text (`last_queries`), so save such a cache so
+    many tokens before the end. Raises `CacheFileError`.
+    """
+    file, header = _open(Path(path).expanduser(), model)
+    if header.block_size != settings.block_size:
+        raise CacheFileError(
+            f"got {path} in blocks of {header.block_size}, expected {settings.block_size}: save it with that block size"
+        )
+    if header.policy not in POLICIES or POLICIES[header.policy].evicts:
+        raise CacheFileError(f"got {path} of policy {header.policy}, expected one that keeps all blocks, such as full")
+    return _begin(file, replace(header, decoders={}), model, prefix, policy, settings)
+
+
+def _open(path: Path, model: PreTrainedModel) -> tuple[SafetensorsFile, Header]:
+    """Return the file and what it says of itself, if this model made it. Raises `CacheFileError`."""
     file = SafetensorsFile(path)
     header = Header.from_metadata(file.metadata, path)
     header.require(model.config, attending_dtype(model.device, model.dtype), path)
-    settings = header.settings_with(overrides)
-    chosen = header.find_policy(policy, predictor, model.config, settings, path)
-    if isinstance(chosen, Predicted | PaperForecast):
-        chosen.predictor.to(model.device)
+    return file, header
+
+
+def _begin(
+    file: SafetensorsFile,
+    header: Header,
+    model: PreTrainedModel,
+    prefix: Tensor | None,
+    policy: Policy[Any],
+    settings: CacheConfig,
+) -> TieredCache:
+    """Return a cache of the file's tokens, or of those that it has in common with `prefix`."""
+    if isinstance(policy, Predicted | PaperForecast):
+        policy.predictor.to(model.device)
     ids = None if header.tokens is None else _tensor(file, header, TOKENS, HOST)
-    kept = header.length if prefix is None else _in_common(prefix, ids, header, path)
+    kept = header.length if prefix is None else _in_common(prefix, ids, header, file.path)
     if not kept:
-        return TieredCache(model.config, policy=chosen, settings=settings)
-    cache = TieredCache(model.config, policy=chosen, settings=settings, saved=SavedTier(file))
+        return TieredCache(model.config, policy=policy, settings=settings)
+    cache = TieredCache(model.config, policy=policy, settings=settings, saved=SavedTier(file))
     _fill(cache, file, header, model.device)
     cache.tokens = ids
     if kept < header.length:

@@ -1,13 +1,25 @@
-"""`attnpred generate`: one completion of a text file, streamed, with a budget."""
+"""`attnpred generate`: one completion of a text file, or one answer to what it asks, streamed, with a budget."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from attnpred import checks
+from attnpred.cli.about_text import about_text, tell
 from attnpred.cli.options import cache_options
 from attnpred.config import CacheConfig
+from attnpred.errors import ConfigError
+from attnpred.reading import read_text
+
+
+class Completion(NamedTuple):
+    """What was generated: tokens of the prompt, new ones, their text, and the counters."""
+
+    prompt: int
+    new: int
+    text: str
+    stats: dict[str, Any]
 
 
 @cache_options()
@@ -15,8 +27,12 @@ def generate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or a name of `attnpred models`.")
     ],
-    prompt_file: Annotated[Path, typer.Option(help="Text to continue.")],
+    prompt_file: Annotated[Path, typer.Option(help="Text to continue; with --chat or --document, what to ask.")],
     config: CacheConfig,
+    chat: Annotated[bool, typer.Option("--chat", help="Put it into the model's chat template, as a question.")] = False,
+    document: Annotated[
+        Path | None, typer.Option(help="Ask about this text, which is read once and kept, as in `attnpred chat`.")
+    ] = None,
     policy: Annotated[str, typer.Option(help="Which policy chooses (see `attnpred info`).")] = "predicted",
     predictor: Annotated[str | None, typer.Option(help="Folder or Hub id of a predictor of your own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
@@ -33,52 +49,28 @@ def generate(
     import json
     import sys
 
-    import torch
-    from tqdm import tqdm
-
-    from attnpred.errors import ConfigError
-    from attnpred.hf import attach, load_model, text_streamer
-
     checks.whole("max_new_tokens", max_new_tokens, 1, checks.TOKENS)
     checks.temperature(temperature)
     checks.seed(seed)
     if prefill_chunk is not None:
         checks.whole("prefill_chunk", prefill_chunk, 1, checks.TOKENS)
-    if not prompt_file.is_file():
-        raise ConfigError(f"got {prompt_file}, expected a text file")
-    text = prompt_file.read_text(encoding="utf-8", errors="replace")
+    text = read_text(prompt_file)
     if not text.strip():
         raise ConfigError(f"got an empty prompt in {prompt_file}, expected some text")
-    lm, tokenizer = load_model(model)
-    with attach(lm, policy=policy, config=config, predictor=predictor) as attached:
-        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(lm.device)
-        longest = tokens.shape[1] + max_new_tokens
-        if isinstance(config.budget, int) and config.budget >= longest:
-            tqdm.write(
-                f"note: budget {config.budget} holds all {longest} tokens, so attention is dense", file=sys.stderr
-            )
-        limit = getattr(lm.config.get_text_config(), "max_position_embeddings", longest)
-        if longest > limit:
-            tqdm.write(f"note: {longest} tokens are more than the {limit} that {model} was made for", file=sys.stderr)
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        out = lm.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_new_tokens,
-            prefill_chunk_size=prefill_chunk,
-            streamer=None if as_json else text_streamer(tokenizer),
-            **sampling,
-        )
-        counters = attached.stats()
+    way = {"policy": policy, "predictor": predictor, "config": config}
+    drawn: dict[str, Any] = {"new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    if chat or document is not None:
+        done = _answer(model, text.strip(), document, way, drawn, chunk=prefill_chunk, is_streamed=not as_json)
+    else:
+        done = _continue(model, text, way, **drawn, chunk=prefill_chunk, is_streamed=not as_json)
+    counters = done.stats
     total = counters["total"]
     if "hit_rate" in total:
         total["exposed_wait_ms_per_token"] = total["exposed_wait_ms"] * len(counters["layers"]) / max(1, total["steps"])
     if as_json:
-        completion = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
-        print(json.dumps({"prompt_tokens": tokens.shape[1], "text": completion, "stats": counters}))
+        print(json.dumps({"prompt_tokens": done.prompt, "text": done.text, "stats": counters}))
     if stats:
-        print(f"prompt {tokens.shape[1]} tokens, new {out.shape[1] - tokens.shape[1]}", file=sys.stderr)
+        print(f"prompt {done.prompt} tokens, new {done.new}", file=sys.stderr)
         for layer in [*counters["layers"], total | {"layer": "all"}]:
             print(
                 f"layer {layer['layer']:>3}: attended {layer['tokens_attended']:.0f} of {layer['context_tokens']:.0f} tokens per step, "
@@ -97,3 +89,66 @@ def generate(
                 f"fetched {total['bytes_fetched']:,} and streamed {total['bytes_streamed']:,} bytes",
                 file=sys.stderr,
             )
+
+
+def _answer(
+    model: str,
+    question: str,
+    document: Path | None,
+    way: dict[str, Any],
+    drawn: dict[str, Any],
+    *,
+    chunk: int | None,
+    is_streamed: bool,
+) -> Completion:
+    """Answer a question, about a document if there is one."""
+    from attnpred.serving.answering import Sampling
+
+    def say(text: str) -> None:
+        if is_streamed:
+            print(text, end="", flush=True)
+
+    with about_text(model, document, chunk=chunk, **way) as conversation:
+        answer = conversation.ask(question, Sampling(**drawn), say)
+        say("\n")
+        return Completion(conversation.asked, len(answer.ids), answer.text, answer.stats)
+
+
+def _continue(
+    model: str,
+    text: str,
+    way: dict[str, Any],
+    *,
+    new_tokens: int,
+    temperature: float,
+    seed: int,
+    chunk: int | None,
+    is_streamed: bool,
+) -> Completion:
+    """Continue a text."""
+    import torch
+
+    from attnpred.hf import attach, load_model, text_streamer
+
+    lm, tokenizer = load_model(model)
+    with attach(lm, **way) as attached:
+        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(lm.device)
+        longest, budget = tokens.shape[1] + new_tokens, way["config"].budget
+        if isinstance(budget, int) and budget >= longest:
+            tell(f"note: budget {budget} holds all {longest} tokens, so attention is dense")
+        limit = getattr(lm.config.get_text_config(), "max_position_embeddings", longest)
+        if longest > limit:
+            tell(f"note: {longest} tokens are more than the {limit} that {model} was made for")
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        out = lm.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=new_tokens,
+            prefill_chunk_size=chunk,
+            streamer=text_streamer(tokenizer) if is_streamed else None,
+            **sampling,
+        )
+        new = out[0, tokens.shape[1] :]
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        return Completion(tokens.shape[1], len(new), text, attached.stats())

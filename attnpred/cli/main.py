@@ -20,6 +20,7 @@ import typer
 from attnpred.cli.analyse_layers import analyse_layers
 from attnpred.cli.bench import bench
 from attnpred.cli.capture import capture
+from attnpred.cli.chat import chat
 from attnpred.cli.demo import demo
 from attnpred.cli.eval import evaluate
 from attnpred.cli.generate import generate
@@ -33,6 +34,7 @@ from attnpred.errors import AttnpredError, OutputError
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "generate": generate,
+    "chat": chat,
     "capture": capture,
     "train": train,
     "analyse-layers": analyse_layers,

@@ -160,7 +160,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "budget 0": (["--budget", "0"], "got budget=0.0, expected a number of tokens"),
     "budget below 0": (["--budget", "-5"], "got budget=-5.0, expected a number of tokens"),
     "budget NaN": (["--budget", "nan"], "got budget=nan, expected a number of tokens"),
-    "budget infinite": (["--budget", "inf"], "got budget=inf, expected a share of at most 1.0"),
+    "budget infinite": (["--budget", "inf"], "got budget=inf, expected a number of tokens"),
     "budget 1.5": (["--budget", "1.5"], "got budget=1.5, expected a share of at most 1.0"),
     "budget too small": (["--budget", "100"], "got budget=100, expected at least 160"),
     "block size that does not divide": (
@@ -225,7 +225,11 @@ def test_a_prompt_that_is_not_there_is_one_line(
     path = tmp_path / "other.txt"
     if content is not None:
         path.write_text(content, encoding="utf-8")
-    message = f"got {path}, expected a text file" if content is None else f"got an empty prompt in {path}"
+    message = (
+        f"got {path} (No such file or directory), expected a text file"
+        if content is None
+        else f"got an empty prompt in {path}"
+    )
     assert_one_line(run("--policy", "ema", file=path), message)
 
 

@@ -4,9 +4,11 @@ This is the one place for a setting: its name, its default, which is the default
 explain it. Commands make their options from the fields (`attnpred.cli.options`), so a setting that is added here is an
 option everywhere.
 
-Defaults are the published ones of AttentionPredictor (arXiv 2502.04077): blocks of 16 tokens, 64 sink and 64 recent
-tokens, 64 history rows, the first two layers dense, a budget of 1024 tokens. How often a history is calibrated is
-left to the policy: the published one takes a dense row every fifth step, digests need none (docs/predictor.md).
+Defaults are those that the evidence was measured with: blocks of 16 tokens, 16 sink and 32 recent tokens, 64 history
+rows, a budget of 1024 tokens, and no dense layer, so that the compression that is asked for is the one that is read
+(docs/LOG.md, 2026-11-28). Published for AttentionPredictor (arXiv 2502.04077) are 64 sinks, 64 recent tokens and the
+first two layers dense. How often a history is calibrated is left to the policy: the published one takes a dense row
+every fifth step, digests need none (docs/predictor.md).
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -35,9 +37,9 @@ class CacheConfig:
         },
     )
     block_size: int = field(default=16, metadata={"about": "Tokens that are selected and read together."})
-    num_sink_tokens: int = field(default=64, metadata={"about": "First tokens, always attended; whole blocks."})
+    num_sink_tokens: int = field(default=16, metadata={"about": "First tokens, always attended; whole blocks."})
     recent_window: int = field(
-        default=64,
+        default=32,
         metadata={"about": "Last tokens, always attended; whole blocks, so up to one block more is attended."},
     )
     history: int = field(default=64, metadata={"about": "Rows of past attention that a policy may look at."})
@@ -56,7 +58,7 @@ class CacheConfig:
         },
     )
     dense_layers: int | tuple[int, ...] = field(
-        default=2, metadata={"about": "How many of the first layers stay dense, or which layers do, by number: 0,1,13."}
+        default=0, metadata={"about": "How many of the first layers stay dense, or which layers do, by number: 0,1,13."}
     )
     late_share: float | None = field(
         default=None,

@@ -59,7 +59,7 @@ Times = dict[str, list[list[float]]]
 
 
 def settings_for(budget: int | float) -> CacheConfig:
-    return CacheConfig(budget=budget, dense_layers=0)
+    return CacheConfig(budget=budget)
 
 
 def check(tokens: int = 200, steps: int = 8) -> float:
@@ -67,7 +67,7 @@ def check(tokens: int = 200, steps: int = 8) -> float:
     model = random_model(shape="tiny", dtype=torch.float32)
     for name, parameter in model.named_parameters():  # so that attention is far from even
         parameter.data = torch.ones_like(parameter) if "norm" in name else parameter * 20
-    settings = CacheConfig(budget=1.0, dense_layers=0, dense_when_fits=False)
+    settings = CacheConfig(budget=1.0, dense_when_fits=False)
     text, most = torch.randint(0, model.config.vocab_size, (1, tokens + steps)), 0.0
     with switchable(model):
         variants = make_variants(model, ("transformers", "packed", "dense", "predicted"), tokens + steps, settings)

@@ -30,7 +30,7 @@ def child(hidden: bool) -> None:
     model = random_model(2)
     tokens = torch.randint(1, 1000, (1, PROMPT))
     began = time.perf_counter()
-    with attnpred.attach(model, budget=512, dense_layers=0) as attached:
+    with attnpred.attach(model, budget=512) as attached:
         model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2, min_new_tokens=2, do_sample=False
         )

@@ -216,7 +216,7 @@ def fill(cache: Cache, config: Any, context: int, device: torch.device) -> None:
 def decode(clock: Clock, model: Any, context: int, steps: int) -> Iterator[Row]:
     """Steps of the whole model, one variant after the other, each with the memory to itself."""
     config, device = model.config, clock.device
-    settings = CacheConfig(budget=1 / SHARE, dense_layers=0)
+    settings = CacheConfig(budget=1 / SHARE)
     makers: dict[str, Callable[[], Cache]] = {
         "transformers": lambda: DynamicCache(config=config),
         "transformers-offloaded": lambda: DynamicCache(config=config, offloading=True),

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="the last line is JSON in any case")
     args = parser.parse_args(arguments)
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
-    settings = CacheConfig(budget=args.budget, dense_layers=0, late_share=0.05)
+    settings = CacheConfig(budget=args.budget, late_share=0.05)
     if args.offload != "none":
         settings = replace(settings, offload=args.offload, offload_dir=args.folder if args.offload == "disk" else None)
     policy = Predicted(Predictor.from_pretrained(shipped()["general"]))

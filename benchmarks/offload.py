@@ -137,7 +137,7 @@ def real_decode(context: int, steps: int, folder: Path | None, say: Callable[[st
     model, tokenizer = load_model("demo")
     tokens = tokenizer(demo_book(), return_tensors="pt", verbose=False)["input_ids"][:, : context + steps]
     settings = CacheConfig(
-        budget=1 / 13, num_sink_tokens=16, recent_window=32, dense_layers=0, late_share=LATE_SHARE,
+        budget=1 / 13, late_share=LATE_SHARE,
         hysteresis=HYSTERESIS, offload="disk", offload_dir=folder,
     )  # fmt: skip
     with attnpred.attach(model, config=settings) as attached, attached.new_cache() as cache:
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = random_model(args.layers)
     budget = int(args.budget) if args.budget > 1 else args.budget
     # The walk has its own inertia, so the hysteresis here is only there to cost what it costs.
-    plain = CacheConfig(budget=budget, dense_layers=0, late_share=LATE_SHARE, hysteresis=1e-6)
+    plain = CacheConfig(budget=budget, late_share=LATE_SHARE, hysteresis=1e-6)
     disk = replace(plain, offload="disk", offload_dir=args.folder)
     packed = replace(disk, offload_dtype="int8")
     blocks = args.context // 16

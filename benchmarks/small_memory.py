@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
     model = random_model(args.layers)
-    settings = CacheConfig(budget=1 / 13, dense_layers=0, late_share=0.05)
+    settings = CacheConfig(budget=1 / 13, late_share=0.05)
     if args.offload == "disk":
         settings = attnpred.hf.make_settings(settings, {"offload": "disk", "offload_dir": args.folder})
     tokens = torch.randint(0, SHAPE_1B.vocab_size, (1, args.context + args.steps))

@@ -29,8 +29,8 @@ from attnpred.policies.predicted import Predicted
         ({"budget": 1.5}, "got budget=1.5, expected a share of at most 1.0, or whole tokens: write 2 for tokens"),
         ({"budget": True}, "got budget=True"),
         ({"budget": "big"}, "got budget='big'"),
-        ({"budget": 100}, r"got budget=100, expected at least 160 \(64 sink \+ 64 recent tokens \+ 2 blocks of 16\)"),
-        ({"block_size": 24}, "got num_sink_tokens=64, expected a multiple of block_size=24: change one of the two"),
+        ({"budget": 64}, r"got budget=64, expected at least 80 \(16 sink \+ 32 recent tokens \+ 2 blocks of 16\)"),
+        ({"block_size": 24}, "got num_sink_tokens=16, expected a multiple of block_size=24: change one of the two"),
         ({"recent_window": 40}, "got recent_window=40, expected a multiple of block_size=16"),
         ({"block_size": 0}, "got block_size=0, expected a whole number of at least 1"),
         ({"history": 2.5}, "got history=2.5, expected a whole number"),
@@ -67,10 +67,10 @@ def test_bad_settings_are_named(settings: dict[str, object], message: str) -> No
     assert "\n" not in str(caught.value) and isinstance(caught.value, ValueError | AttnpredError)
 
 
-def test_defaults_are_the_published_ones() -> None:
+def test_defaults_are_those_of_the_evidence() -> None:
     config = CacheConfig()
-    assert (config.block_size, config.num_sink_tokens, config.recent_window, config.history) == (16, 64, 64, 64)
-    assert (config.calibration_interval, config.dense_layers, config.budget) == (None, 2, 1024)
+    assert (config.block_size, config.num_sink_tokens, config.recent_window, config.history) == (16, 16, 32, 64)
+    assert (config.calibration_interval, config.dense_layers, config.budget) == (None, 0, 1024)
     assert (PaperForecast.calibration, Predicted.calibration) == (5, 0)
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     rows = {row["policy"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     for policy in args.policies.split(","):
         # Averages of past rows need a true row now and then: every 32nd step (docs/results/calibration.jsonl).
-        extra = ["--calibration", "32"] if policy in ("ema", "last_step", "accumulated") else []
+        extra = ["--calibration-interval", "32"] if policy in ("ema", "last_step", "accumulated") else []
         rows[policy] = run(["--policy", policy, *extra, *args.rest])
         print(json.dumps(rows[policy]), flush=True)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ RUNS: dict[str, list[str]] = {
     ],
     "needle": [
         *("--policies", "full predicted quest snapkv streaming", "--budgets", "0.015625", "--lengths", "4096,8192"),
-        *("--sink-tokens", "16", "--recent-tokens", "16", "--tasks", "needle", "--seed", "5"),
+        *("--num-sink-tokens", "16", "--recent-window", "16", "--tasks", "needle", "--seed", "5"),
     ],
     "chain": ["--policies", "full predicted quest ema snapkv", "--budgets", "0.13", *COMMON, "--tasks", "chain"],
 }

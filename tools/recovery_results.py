@@ -114,7 +114,7 @@ def main() -> None:
             for size in ("8", "16", "32", "64"):
                 policies = "ema:rate=0.1,calibration_interval=5 mean_key quest oracle"
                 more = run(out, texts, "--policies", policies, "--budgets", "0.076923", "--block-size", size,
-                           "--sink-tokens", "64", "--recent-tokens", "64", *common)  # fmt: skip
+                           "--num-sink-tokens", "64", "--recent-window", "64", *common)  # fmt: skip
                 lines += [compact(row, False) for row in more if row["text"] == "all"]
             (RESULTS / "recovery_settings.jsonl").write_text("".join(lines), encoding="utf-8")
         if args.second is not None:

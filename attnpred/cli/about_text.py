@@ -22,6 +22,7 @@ def about_text(
     policy: str,
     predictor: str | None,
     config: CacheConfig,
+    dtype: str,
     most: int | None = None,
     kept: int | None = None,
     chunk: int | None = None,
@@ -45,7 +46,7 @@ def about_text(
     from attnpred.serving.kept import LIMIT, KeptTexts
     from attnpred.serving.reader import CHUNK, Reader
 
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     chosen = make_policy(policy, predictor, lm.config, config)
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     reader = Reader(lm, KeptTexts.of_user(LIMIT if limit is None else limit), Bar(), chunk or CHUNK)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from attnpred import checks
+from attnpred.cli.options import DtypeOption
 from attnpred.cli.words import text_files
 
 
@@ -22,6 +23,7 @@ def analyse_layers(
     rows: Annotated[int, typer.Option(min=1, help="Last tokens of a sample whose attention is compared.")] = 64,
     per_file: Annotated[int, typer.Option(min=1, help="At most this many samples of a file.")] = 4,
     figure: Annotated[Path | None, typer.Option(help="Also draw the similarities: a .png or .svg file.")] = None,
+    dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Group layers of similar attention, which can share keys (policy pod)."""
@@ -42,7 +44,7 @@ def analyse_layers(
     if figure is not None:
         check_name(figure)
         try_out(figure)
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     name = "attnpred demo LM" if model == "demo" else model
     found = run(lm, tokenizer, files, base_model=name, delta=delta, tokens=tokens, rows=rows, per_file=per_file)
     found.save(out)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from attnpred import checks
+from attnpred.cli.options import DtypeOption
 from attnpred.cli.words import text_files
 
 
@@ -21,6 +22,7 @@ def capture(
     rows: Annotated[int, typer.Option(help="Last queries of a document that are recorded.")] = 512,
     per_file: Annotated[int | None, typer.Option(help="At most this many documents of a file.")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of a block.")] = 16,
+    dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Record the true attention of a model; progress goes to stderr."""
@@ -39,7 +41,7 @@ def capture(
     if out.exists() and not out.is_dir():
         raise ConfigError(f"got {out}, expected a folder, or a new name for one")
     try_out(out / "traces.json")
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     name = "attnpred demo LM" if model == "demo" else model
     count = run(
         lm, tokenizer, files, out, base_model=name, tokens=tokens, rows=rows, block_size=block_size, per_file=per_file

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from attnpred import checks
-from attnpred.cli.options import cache_options
+from attnpred.cli.options import DtypeOption, cache_options
 from attnpred.config import CacheConfig
 
 
@@ -24,6 +24,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: DtypeOption = "auto",
     max_document_tokens: Annotated[
         int | None, typer.Option(help="Read only so many tokens of the document; left out: all of it, or refuse it.")
     ] = None,
@@ -47,7 +48,14 @@ def chat(
     )
     is_typed = sys.stdin.isatty()
     with about_text(
-        model, document, policy=policy, predictor=predictor, config=config, most=max_document_tokens, kept=keep_limit
+        model,
+        document,
+        policy=policy,
+        predictor=predictor,
+        config=config,
+        dtype=dtype,
+        most=max_document_tokens,
+        kept=keep_limit,
     ) as conversation:
         conversation.open()
         talk = Talk(conversation, sampling, policy, predictor, is_typed=is_typed)

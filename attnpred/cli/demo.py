@@ -5,8 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from attnpred.cli.options import DtypeOption, cache_options
+from attnpred.config import CacheConfig
+
 LATE_SHARE = 0.06
-"""Of the 34 blocks of a selection 2: what is fetched late is waited for."""
+"""Unless told otherwise, with a slow tier. Of the 34 blocks of a selection 2: what is fetched late is waited for."""
 
 WHERE = {
     None: "All keys and values lie in fast memory: this counts what is read, not what is stored.",
@@ -15,23 +18,17 @@ WHERE = {
 }
 
 
+@cache_options(
+    defaults={"offload": "disk", "calibration_interval": 0},
+    fixed={"budget": 1.0, "measure_recovery": False},
+)
 def demo(
+    config: CacheConfig,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the book that are read.")] = 8192,
     compression: Annotated[float, typer.Option(help="How many times less KV is to be read per step, all told.")] = 13.0,
     policy: Annotated[str, typer.Option(help="Which policy chooses (see `attnpred info`).")] = "predicted",
     documents: Annotated[int, typer.Option(min=1, help="Texts with planted facts.")] = 5,
     steps: Annotated[int, typer.Option(min=2, help="Tokens of the continuation.")] = 256,
-    calibration: Annotated[
-        int, typer.Option(help="A true attention row every this many steps, which reads all keys; 0: never.")
-    ] = 0,
-    dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 0,
-    offload: Annotated[
-        str, typer.Option(help="Where the blocks lie that the policy did not choose: none (in memory), cpu or disk.")
-    ] = "disk",
-    late_share: Annotated[
-        float | None,
-        typer.Option(help="Most of a selection that may be fetched late; left out: 0.06, or no limit without offload."),
-    ] = None,
     text: Annotated[Path | None, typer.Option(help="A text of your own instead of the embedded book.")] = None,
     figure: Annotated[
         Path | None, typer.Option(help="Write a picture of a head's attention over time (extra `plot`).")
@@ -40,6 +37,7 @@ def demo(
         Path | None, typer.Option(help="Write that attention as numbers, for `attnpred report --attention`.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the planted facts.")] = 1,
+    dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Answer questions about a long book twice: with the full KV cache, and with a predicted part of it."""
@@ -47,7 +45,6 @@ def demo(
     import sys
     from dataclasses import replace
 
-    from attnpred.config import CacheConfig
     from attnpred.errors import ConfigError
     from attnpred.evaluation.book import demo_book
     from attnpred.evaluation.comparison import Plan, compare, demo_settings, digest_share
@@ -58,17 +55,15 @@ def demo(
     for path in (figure, attention):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"got {path}, expected a file in a folder that exists")
-    model, tokenizer = load_model("demo")
+    model, tokenizer = load_model("demo", dtype=dtype)
     book = demo_book() if text is None else text.read_text(encoding="utf-8", errors="replace")
     plan = Plan(context=context, documents=documents, steps=steps, seed=seed)
     layers = int(model.config.num_hidden_layers)
-    chooses = make_policy(policy, None, model.config, CacheConfig())
-    digests = digest_share(model.config, chooses, next(model.parameters()).element_size())
-    settings = replace(
-        demo_settings(context, compression, calibration, dense_layers, layers, digests),
-        offload=None if offload == "none" else offload,
-        late_share=LATE_SHARE if late_share is None and offload != "none" else late_share,
-    )
+    chooses = make_policy(policy, None, model.config, config)
+    digests = digest_share(model.config, chooses, next(model.parameters()).element_size(), config.block_size)
+    settings = demo_settings(config, context, compression, layers, digests)
+    if settings.late_share is None and settings.offload is not None:
+        settings = replace(settings, late_share=LATE_SHARE)
     result = compare(
         model,
         tokenizer,

@@ -9,17 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from attnpred.cli.words import floats, layers, words
+from attnpred.cli.options import DtypeOption, cache_options
+from attnpred.cli.words import floats, words
+from attnpred.config import CacheConfig
 
 POLICIES = "streaming,last_step,ema,h2o,mean_key_last,mean_key,quest,predicted:late_share=0,predicted,oracle"
 BUDGETS = "0.25,0.125,0.0769,0.0625,0.03125"
 UNMEASURED = 1
+OF_A_CELL = {"budget": 1.0, "dense_when_fits": True, "measure_recovery": False}
+"""Settings that differ from cell to cell (`attnpred.evaluation.grid`)."""
 
 
+@cache_options(fixed=OF_A_CELL)
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or a name of `attnpred models`.")
     ],
+    config: CacheConfig,
     out: Annotated[
         Path | None, typer.Option("--out", help="File for the rows; rows that are there are not measured again.")
     ] = None,
@@ -40,26 +46,18 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most items of a cell.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Decode steps of tasks that continue a text. [128]")] = None,
-    sink_tokens: Annotated[int, typer.Option(help="First tokens, always attended.")] = 16,
-    recent_tokens: Annotated[int, typer.Option(help="Last tokens, always attended.")] = 32,
-    calibration: Annotated[
-        int | None, typer.Option(help="A true row every so many steps; 0: never; left out: what the policy asks for.")
-    ] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens selected together.")] = 16,
-    dense_layers: Annotated[str, typer.Option(help="How many of the first layers stay dense, or which: 0,1,13.")] = "0",
-    offload: Annotated[str, typer.Option(help="Where other blocks lie: none (in memory), cpu or disk.")] = "none",
     chat: Annotated[bool, typer.Option(help="Put prompts of a file into the model's chat template.")] = True,
     full: Annotated[bool, typer.Option(help="Measure the full cache beside everything, to compare with.")] = True,
     recovery: Annotated[
         bool, typer.Option("--recovery", help="Also measure attention recovery, on the first document of a cell.")
     ] = False,
     devices: Annotated[str | None, typer.Option(help="One process each: cuda:0,cuda:1. [the GPU or CPU]")] = None,
+    dtype: DtypeOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and leave.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Measure quality and cost of policies on tasks; progress goes to stderr."""
-    from attnpred.config import CacheConfig
     from attnpred.errors import ConfigError
     from attnpred.evaluation.plan import Plan, as_budgets, parse_tasks
     from attnpred.evaluation.rows import RowsFile
@@ -82,15 +80,8 @@ def evaluate(
         variants=tuple(parse_variant(word) for word in words(policies)),
         budgets=as_budgets(shares),
         lengths=tuple(int(size) for size in sizes),
-        config=CacheConfig(
-            budget=1.0,
-            block_size=block_size,
-            num_sink_tokens=sink_tokens,
-            recent_window=recent_tokens,
-            calibration_interval=calibration,
-            dense_layers=layers(dense_layers),
-            offload=None if offload == "none" else offload,
-        ),
+        config=config,
+        dtype=dtype,
         seed=seed,
         documents=documents or (chosen.documents if chosen else None),
         steps=steps or (chosen.steps if chosen else 128),
@@ -121,7 +112,7 @@ def _run(plan: Any, file: Any, devices: list[str], as_json: bool) -> None:
     total, failed = len(plan.cells()), 0
     try:
         with each_once():
-            check(plan, load_config(plan.model)[0])
+            check(plan, load_config(plan.model, dtype=plan.dtype)[0])
             with file.claimed():
                 failed = _measure(plan, file, devices)
     finally:
@@ -153,7 +144,7 @@ def _measure(plan: Any, file: Any, devices: list[str]) -> int:
     cells, total = left_over(plan, file.rows), len(plan.cells())
     failed, problem = 0, None
     # The first device checks the documents, and does the work if it is the only one.
-    grid = Grid(plan, *load_model(plan.model, device=devices[0] if devices else None))
+    grid = Grid(plan, *load_model(plan.model, device=devices[0] if devices else None, dtype=plan.dtype))
     grid.check_documents()
     with tqdm(total=total, initial=total - len(cells), unit="cell", file=sys.stderr) as bar:
 

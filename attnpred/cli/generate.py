@@ -7,7 +7,7 @@ import typer
 
 from attnpred import checks
 from attnpred.cli.about_text import about_text, tell
-from attnpred.cli.options import cache_options
+from attnpred.cli.options import DtypeOption, cache_options
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.reading import read_text
@@ -38,6 +38,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: DtypeOption = "auto",
     prefill_chunk: Annotated[
         int | None,
         typer.Option(help="Read the prompt in pieces of so many tokens; left out: all at once."),
@@ -60,9 +61,11 @@ def generate(
     way = {"policy": policy, "predictor": predictor, "config": config}
     drawn: dict[str, Any] = {"new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if chat or document is not None:
-        done = _answer(model, text.strip(), document, way, drawn, chunk=prefill_chunk, is_streamed=not as_json)
+        done = _answer(
+            model, text.strip(), document, way, drawn, dtype=dtype, chunk=prefill_chunk, is_streamed=not as_json
+        )
     else:
-        done = _continue(model, text, way, **drawn, chunk=prefill_chunk, is_streamed=not as_json)
+        done = _continue(model, text, way, **drawn, dtype=dtype, chunk=prefill_chunk, is_streamed=not as_json)
     counters = done.stats
     total = counters["total"]
     if "hit_rate" in total:
@@ -98,6 +101,7 @@ def _answer(
     way: dict[str, Any],
     drawn: dict[str, Any],
     *,
+    dtype: str,
     chunk: int | None,
     is_streamed: bool,
 ) -> Completion:
@@ -108,7 +112,7 @@ def _answer(
         if is_streamed:
             print(text, end="", flush=True)
 
-    with about_text(model, document, chunk=chunk, **way) as conversation:
+    with about_text(model, document, dtype=dtype, chunk=chunk, **way) as conversation:
         answer = conversation.ask(question, Sampling(**drawn), say)
         say("\n")
         return Completion(conversation.asked, len(answer.ids), answer.text, answer.stats)
@@ -122,6 +126,7 @@ def _continue(
     new_tokens: int,
     temperature: float,
     seed: int,
+    dtype: str,
     chunk: int | None,
     is_streamed: bool,
 ) -> Completion:
@@ -130,7 +135,7 @@ def _continue(
 
     from attnpred.hf import attach, load_model, text_streamer
 
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, dtype=dtype)
     with attach(lm, **way) as attached:
         tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(lm.device)
         longest, budget = tokens.shape[1] + new_tokens, way["config"].budget

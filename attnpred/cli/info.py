@@ -6,13 +6,18 @@ is a table of its own (`attnpred.cli.policy_table`).
 
 import json
 import platform
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 
 from attnpred.cli import policy_table
-from attnpred.cli.words import layers
+from attnpred.cli.options import DtypeOption, cache_options, option_name
+from attnpred.config import CacheConfig
+
+USUAL = CacheConfig(offload="disk")
+"""What the sizes of a cache are told for, unless told otherwise: a slow tier is why one asks."""
 
 PACKAGES = ("attnpred", "torch", "transformers")
 
@@ -30,7 +35,9 @@ DEFAULT_CONTEXT = 32768
 """Tokens, for a model that does not say how many it was made for."""
 
 
+@cache_options(defaults={"offload": USUAL.offload})
 def info(
+    config: CacheConfig,
     topic: Annotated[
         str | None, typer.Argument(help="`policies`: kind, state, cost and source of each; left out: an overview.")
     ] = None,
@@ -43,76 +50,59 @@ def info(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of that cache; left out: the most that the model was made for.")
     ] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="Tokens attended, or a share of the context up to 1; left out: 1024.")
-    ] = None,
     policy: Annotated[str | None, typer.Option(help="Which policy chooses; left out: predicted.")] = None,
-    offload: Annotated[
-        str | None, typer.Option(help="Where all other blocks lie: none, cpu or disk; left out: disk.")
-    ] = None,
-    offload_dtype: Annotated[
-        str | None, typer.Option(help="Numbers of the blocks there: int8 or fp8; left out: as they are.")
-    ] = None,
-    dense_layers: Annotated[
-        str | None, typer.Option(help="How many of the first layers stay dense, or which: 0,1,13; left out: 2.")
-    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows of the batch; left out: 1.")] = None,
+    dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Show versions, devices, policies, kernels; or what a model's KV cache takes."""
     from attnpred.errors import ConfigError
 
-    options: dict[str, Any] = {
-        "context": context,
-        "budget": int(budget) if budget and budget > 1 and budget.is_integer() else budget,
-        "policy": policy,
-        "offload": offload,
-        "offload_dtype": offload_dtype,
-        "dense_layers": None if dense_layers is None else layers(dense_layers),
-        "batch": batch,
-    }
+    options: dict[str, Any] = {"context": context, "policy": policy, "batch": batch}
+    options["dtype"] = None if dtype == "auto" else dtype
     given = {name: value for name, value in options.items() if value is not None}
+    changed = [*given, *(one.name for one in fields(config) if getattr(config, one.name) != getattr(USUAL, one.name))]
     if topic is not None:
-        if topic != "policies" or model is not None or given:
+        if topic != "policies" or model is not None or changed:
             got = "policies with other options" if topic == "policies" else repr(topic)
             raise ConfigError(f"got {got}, expected `policies` alone, or options alone (see attnpred info --help)")
         rows = policy_table.collect()
         print(json.dumps({"policies": rows}) if as_json else policy_table.text(rows))
         return
-    if model is None and given:
-        option = "--" + next(iter(given)).replace("_", "-")
-        raise ConfigError(f"got {option} without --model, expected the model whose cache it is about: add --model")
-    facts = collect() if model is None else measure(model, **given)
+    if model is None and changed:
+        raise ConfigError(
+            f"got {option_name(changed[0])} without --model, expected the model whose cache it is about: add --model"
+        )
+    facts = collect() if model is None else measure(model, config, **given)
     print(json.dumps(facts) if as_json else _text(facts if model is None else _sizes(facts)))
 
 
 def measure(
     model: str,
+    settings: CacheConfig,
     context: int | None = None,
     policy: str = "predicted",
     batch: int = 1,
-    offload: str = "disk",
-    **given: Any,
+    dtype: str = "auto",
 ) -> dict[str, Any]:
-    """Return what the cache of `model` takes with the settings `given`, ready for JSON."""
-    from attnpred.config import CacheConfig
+    """Return what the cache of `model` takes with these settings, ready for JSON."""
     from attnpred.errors import UnsupportedModelError
     from attnpred.hf import make_policy
     from attnpred.hf.load import load_config
     from attnpred.hf.sizes import estimate_for
 
-    settings = CacheConfig(offload=None if offload == "none" else offload, **given)
-    config, dtype = load_config(model)
+    config, chosen = load_config(model, dtype=dtype)
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     tokens = context or longest or DEFAULT_CONTEXT
-    found = estimate_for(config, settings, make_policy(policy, None, config, settings), dtype, tokens, batch)
+    found = estimate_for(config, settings, make_policy(policy, None, config, settings), chosen.dtype, tokens, batch)
     if not found.full:
         raise UnsupportedModelError(
             f"got {model}, which has no full-attention layer, expected one that has: there is nothing to compress"
         )
     return {
         "model": model,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(chosen.dtype).removeprefix("torch."),
+        "dtype_why": chosen.why,
         "context": tokens,
         "batch": batch,
         "policy": policy,
@@ -141,7 +131,8 @@ def _sizes(found: dict[str, Any]) -> dict[str, dict[str, str]]:
     rows = {name: readable(found["bytes"][key]) for key, name in names.items()}
     rows["fast memory"] += f", {found['times_less']:.1f} times less than the full cache"
     return {
-        f"{found['model']} in {found['dtype']}, {found['context']} tokens, batch {found['batch']}": {
+        f"{found['model']}, {found['context']} tokens, batch {found['batch']}": {
+            "dtype": f"{found['dtype']}: {found['dtype_why']}",
             "policy": f"{found['policy']}, budget {found['budget']}, dense layers {found['dense_layers']}",
             "offload": f"{found['offload'] or 'none'}, {found['offload_dtype'] or 'numbers as they are'}",
         },
@@ -152,12 +143,14 @@ def _sizes(found: dict[str, Any]) -> dict[str, dict[str, str]]:
 def collect() -> dict[str, Any]:
     """Return what the command shows, ready for JSON."""
     from attnpred.evaluation.tasks import TASKS
+    from attnpred.hf.dtype import auto_dtype
     from attnpred.kernels import DECODE_BACKENDS, DIGEST, DIGEST_BACKENDS
     from attnpred.policies import POLICIES
 
     return {
         "versions": {"python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}},
         "devices": _devices(),
+        "dtype": {"auto": auto_dtype()},
         "policies": {name: _first_line(policy) for name, policy in POLICIES.items()},
         "kernels": {
             name: KERNELS[name] + (" (in use)" if name == DIGEST else "")

@@ -1,9 +1,9 @@
 """The settings of a cache as options of a command: one for each field of `CacheConfig`, made from the field.
 
-A command that attends takes one parameter `config: CacheConfig`, and the decorator `cache_options` puts the options in its
-place. The field gives an option its name, its default and its words; its type says how the text is read. So nothing is
-forwarded by hand, and a setting is an option of every command as soon as it exists. `none` is None wherever a field
-takes that.
+A command that attends takes one parameter `config: CacheConfig`, and the decorator `cache_options` gives it the options
+instead, after its own. The field gives an option its name, its default and its words; its type says how the text is read.
+So nothing is forwarded by hand, and a setting is an option of every command as soon as it exists. `none` is None
+wherever a field takes that.
 """
 
 import inspect
@@ -17,6 +17,11 @@ import typer
 
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
+
+DtypeOption = Annotated[
+    str, typer.Option(metavar="DTYPE", help="Weights as float32, bfloat16 or float16; auto: see `attnpred info`.")
+]
+"""`--dtype` of every command that loads a model."""
 
 _NOTHING: Mapping[str, Any] = {}
 _Command = TypeVar("_Command", bound=Callable[..., None])
@@ -80,13 +85,11 @@ def cache_options(
 
         options = [_option(one, kinds[name], usual[name]) for name, one in own.items()]
         hints = get_type_hints(command, include_extras=True)
-        parameters: list[inspect.Parameter] = []
-        for parameter in inspect.signature(command).parameters.values():
-            if parameter.name == "config":
-                parameters += options
-            else:
-                changed = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
-                parameters.append(changed)
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name != "config"
+        ] + options
         run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -30,19 +30,6 @@ def floats(name: str, text: str) -> list[float]:
         raise ConfigError(f"got {name} {text!r}, expected numbers with commas between them") from None
 
 
-def layers(text: str) -> int | tuple[int, ...]:
-    """Read `CacheConfig.dense_layers`: a number of layers, or with a comma the numbers of single ones (`13,` is one)."""
-    try:
-        found = tuple(int(part) for part in re.split(r"[,\s]+", text.strip()) if part)
-    except ValueError:
-        found = ()
-    if not found:
-        raise ConfigError(
-            f"got dense_layers={text!r}, expected a whole number of at least 0, or numbers of layers: 0,1,13"
-        )
-    return found if "," in text else found[0]
-
-
 def text_files(given: Sequence[Path]) -> list[Path]:
     """Return the files that `given` names: text files, and folders of .txt files. Raises `ConfigError`."""
     files = [file for path in given for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]

@@ -176,7 +176,7 @@ def _busiest_head(true: Tensor, settings: CacheConfig) -> tuple[int, int]:
     return int(mass.argmax()) // true.shape[1], int(mass.argmax()) % true.shape[1]
 
 
-def digest_share(model_config: Any, policy: Policy[Any], item_size: int, block_size: int = 16) -> float:
+def digest_share(model_config: Any, policy: Policy[Any], item_size: int, block_size: int) -> float:
     """Return the bytes of digests that a step of `policy` reads per byte of KV, whose numbers have `item_size` bytes."""
     text = model_config.get_text_config(decoder=True)
     heads, layers = text.num_key_value_heads, text.num_hidden_layers
@@ -195,31 +195,23 @@ def digest_share(model_config: Any, policy: Policy[Any], item_size: int, block_s
 
 
 def demo_settings(
-    context: int, compression: float, calibration: int, dense_layers: int, layers: int, digests: float = 0.0
+    config: CacheConfig, context: int, compression: float, layers: int, digests: float = 0.0
 ) -> CacheConfig:
-    """Return settings whose reads, dense layers, digests and calibration included, are 1/`compression` of all KV.
+    """Return `config` with the budget at which reads, dense layers, digests and calibration included, are 1/`compression`.
 
-    A dense layer reads all of its KV; a calibration row reads all keys, half of a layer's KV, every `calibration` steps;
-    `digests` is the share of a sparse layer's KV that its digests take, which are read in every step.
+    A dense layer reads all of its KV; a calibration row reads all keys, half of a layer's KV, every `calibration_interval`
+    steps; `digests` is the share of a sparse layer's KV that its digests take, which are read in every step.
     """
-    block, sink, recent = 16, 16, 32
     if not compression > 1:
         raise ConfigError(f"got compression={compression}, expected more than 1")
-    share = 1 / compression - dense_layers / layers
-    sparse = 1 - dense_layers / layers
-    tokens = int(context * (share / sparse - (0.5 / calibration if calibration else 0) - digests)) if sparse > 0 else 0
+    dense, interval = sum(map(config.is_dense_layer, range(layers))) / layers, config.calibration_interval
+    calibration = 0.5 / interval if interval else 0
+    of_a_layer = (1 / compression - dense) / (1 - dense) if dense < 1 else 0
     # The first continuation steps read the least; one token more of context must not cost a block more than planned.
-    budget = tokens // block * block
-    least = CacheConfig(budget=1.0, num_sink_tokens=sink, recent_window=recent).smallest_budget
-    if budget < least:
+    budget = int(context * (of_a_layer - calibration - digests)) // config.block_size * config.block_size
+    if budget < config.smallest_budget:
         raise ConfigError(
-            f"got {budget} tokens left for each head of {context}, expected at least {least}: use a lower --compression, fewer "
-            "--dense-layers, or a rarer --calibration"
+            f"got {budget} tokens left for each head of {context}, expected at least {config.smallest_budget}: use a lower "
+            "--compression, fewer --dense-layers, or a rarer --calibration-interval"
         )
-    return CacheConfig(
-        budget=budget,
-        num_sink_tokens=sink,
-        recent_window=recent,
-        calibration_interval=calibration,
-        dense_layers=dense_layers,
-    )
+    return replace(config, budget=budget)

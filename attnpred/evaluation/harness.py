@@ -22,6 +22,7 @@ from attnpred import hf
 from attnpred.config import CacheConfig
 from attnpred.errors import AttnpredError, ConfigError, missing_extra
 from attnpred.evaluation.variants import parse_variant
+from attnpred.hf.load import load_config
 from attnpred.telemetry import LayerCounts, total
 
 try:
@@ -60,8 +61,8 @@ class AttnpredLM(HFLM):
         variant = parse_variant(policy)
         if predictor is not None:
             variant = dataclasses.replace(variant, predictor=predictor)
-        if pretrained == "demo" and not torch.cuda.is_available():
-            others.setdefault("dtype", "float32")
+        if others.get("dtype", "auto") == "auto":
+            others["dtype"] = load_config(pretrained, device=others.get("device"))[1].dtype
         super().__init__(hf.source_of(pretrained), **others)
         made, settings = variant.make(self.model.config, settings)
         self._settings, self._label = settings, variant.label

@@ -19,6 +19,10 @@ from attnpred.reading import can_be_written
 FULL = "full"
 DOCUMENTS = 8
 """Of one cell, unless told otherwise; a file gives all it has."""
+FIRST_DEFAULTS = {"num_sink_tokens": 64, "recent_window": 64, "dense_layers": 2}
+"""What these settings were when rows were first written. A row names what differs from that, so that a default that changes
+does not make other rows of those that are there.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Plan:
     """All of a run but for where it runs and where its rows go. documents, limit: None is no choice, and no limit.
 
     full: measure the full cache beside everything. recovery: measure attention recovery apart. config: of every policy,
-    unless its word says otherwise; the budget is the cell's.
+    unless its word says otherwise; the budget is the cell's. dtype: of the weights.
     """
 
     model: str
@@ -58,6 +62,7 @@ class Plan:
     budgets: tuple[int | float, ...]
     lengths: tuple[int, ...]
     config: CacheConfig
+    dtype: str = "auto"
     seed: int = 0
     documents: int | None = None
     steps: int = 128
@@ -112,11 +117,14 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """Return what else decides about a row, as plain values: a row with other settings is another row."""
-        usual = dataclasses.asdict(CacheConfig())  # fields that a later version adds change nothing here
+        usual = (
+            dataclasses.asdict(CacheConfig()) | FIRST_DEFAULTS
+        )  # fields that a later version adds change nothing here
         own = dataclasses.asdict(self.config)
         config = {name: plain(own[name]) for name in own if name != "budget" and own[name] != usual[name]}
         names = ("documents", "steps", "limit", "texts", "chat", "recovery")
-        return {name: plain(getattr(self, name)) for name in names} | {"config": config}
+        asked = {} if self.dtype == "auto" else {"dtype": self.dtype}
+        return {name: plain(getattr(self, name)) for name in names} | asked | {"config": config}
 
     def key(self, cell: Cell) -> dict[str, Any]:
         """Return the part of a row that names its cell (`attnpred.evaluation.rows.KEY`)."""

@@ -46,7 +46,7 @@ def run_on_devices(
 
 def _start(plan: Plan, free: Any, parent: int) -> None:
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    model, tokenizer = hf.load_model(plan.model, device=free.get())
+    model, tokenizer = hf.load_model(plan.model, device=free.get(), dtype=plan.dtype)
     _GRID.append(Grid(plan, model, tokenizer))
 
 

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TextStreamer
 
-from attnpred.errors import UnsupportedModelError
+from attnpred.errors import AttnpredError, UnsupportedModelError
 from attnpred.hf import named_models
 from attnpred.hf.config_border import check_config
+from attnpred.hf.dtype import Chosen, choose_dtype, stored_dtype
 from attnpred.hf.fetch import fetch_model
 from attnpred.hf.gguf_file import converted, is_gguf
 from attnpred.hf.named_models import DEMO_MODEL
@@ -32,36 +33,45 @@ def source_of(model: str) -> str:
 def load_model(model: str, *, device: str | None = None, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
     """Return (model, tokenizer) for a Hub id, a local folder, a GGUF file, or a name of `attnpred models`.
 
-    device: left out, a GPU if there is one. Raises as `source_of`, and `UnsupportedModelError` for what cannot be loaded.
+    device: left out, a GPU if there is one. dtype: auto, float32, bfloat16 or float16 (`attnpred.hf.dtype`). Raises as
+    `source_of`, `ConfigError` for another dtype, and `UnsupportedModelError` for what cannot be loaded.
     """
-    source = source_of(model)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if model == "demo" and where == "cpu":
-        dtype = torch.float32
-    check_config(source)
+    source, where = source_of(model), device or _usual_device()
+    config, chosen = _config(model, source, where, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=chosen.dtype)
     except Exception as error:  # files of anyone's making, read by code of every family: it may be any
         raise _no_model(model, error) from error
     return loaded.to(where).eval(), tokenizer
 
 
-def load_config(model: str) -> tuple[PreTrainedConfig, torch.dtype]:
-    """Return (config, dtype) of what `load_model(model)` would load, without its weights."""
-    source = source_of(model)
+def load_config(
+    model: str, *, device: str | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedConfig, Chosen]:
+    """Return (config, dtype and why) of what `load_model` with the same arguments would load, without its weights."""
+    return _config(model, source_of(model), device or _usual_device(), dtype)
+
+
+def _config(model: str, source: str, device: str, dtype: str | torch.dtype) -> tuple[PreTrainedConfig, Chosen]:
     check_config(source)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source)
+        text: Any = config.get_text_config(decoder=True)
+        stored: Any = stored_dtype(config)
+        if not isinstance(text, PreTrainedConfig) or not isinstance(stored, torch.dtype):
+            raise TypeError(f"its config has {text if isinstance(stored, torch.dtype) else stored!r} inside")
+        if model == "demo" and dtype == "auto" and device == "cpu":
+            return config, Chosen(torch.float32, "the demo model's figures were measured so")
+        return config, choose_dtype(config, device, dtype)
+    except AttnpredError:
+        raise
     except Exception as error:  # as above
         raise _no_model(model, error) from error
-    text: Any = config.get_text_config(decoder=True)
-    dtype: Any = config.dtype or getattr(text, "dtype", None) or torch.float32
-    if not isinstance(text, PreTrainedConfig) or not isinstance(dtype, torch.dtype):
-        raise _no_model(
-            model, TypeError(f"its config has {text if isinstance(dtype, torch.dtype) else dtype!r} inside")
-        )
-    return config, torch.float32 if model == "demo" and not torch.cuda.is_available() else dtype
+
+
+def _usual_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _no_model(model: str, error: Exception) -> UnsupportedModelError:

@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     traces = args.work / "traces"
     write_traces("demo", args.books, traces, args.texts)
-    # Sinks and recent window as in the demo (`attnpred.evaluation.comparison.demo_settings`).
+    # Sinks and recent window are the defaults of `attnpred.config.CacheConfig`.
     edges = {"sink_blocks": 1, "recent_blocks": 2}
     print(train_streaming(traces, args.work / "demo", StreamingConfig(steps=args.steps, **edges)))
     print(train_streaming(traces, args.work / "general", StreamingConfig(shared=True, **edges)))

@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     traces = args.work / "traces"
     write_traces("demo", args.books, traces, args.texts)
-    # Sinks and recent window as in the demo (`attnpred.evaluation.comparison.demo_settings`).
+    # Sinks and recent window are the defaults of `attnpred.config.CacheConfig`.
     print(train_seer(traces, args.work / NAME, SeerConfig(steps=args.steps, sink_blocks=1, recent_blocks=2)))
     (TARGET / NAME).mkdir(parents=True, exist_ok=True)
     for file in ("model.safetensors", "config.json", "README.md", LOG):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from attnpred.cli.main import main
+from attnpred.config import CacheConfig
 from attnpred.evaluation.comparison import demo_settings
 from attnpred.evaluation.facts import make_facts
 from attnpred.report.attention import load_attention
@@ -145,7 +146,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "compression NaN": (["--compression", "nan"], "got compression=nan, expected more than 1"),
     "compression too high": (["--compression", "13"], "use a lower --compression"),
     "all layers dense": (["--dense-layers", "5"], "use a lower --compression, fewer --dense-layers"),
-    "calibration below 0": (["--calibration", "-1"], "got calibration_interval=-1"),
+    "calibration below 0": (["--calibration-interval", "-1"], "got calibration_interval=-1"),
     "unknown offload": (["--offload", "tape"], "got offload='tape', expected one of None, 'cpu', 'disk'"),
     "late share above 1": (["--late-share", "2"], "got late_share=2.0, expected a share from 0 to 1"),
     "missing text": (["--text", "/no/such/text"], "got /no/such/text, expected a text file"),
@@ -179,7 +180,8 @@ def test_a_text_shorter_than_the_context_is_one_line(run: Run, tmp_path: Path) -
 @pytest.mark.parametrize("compression", [2.5, 3.5])
 def test_the_settings_keep_the_promised_compression(compression: float, calibration: int, dense_layers: int) -> None:
     """Dense layers read everything, a calibration row reads all keys; all told it is the share that was asked for."""
-    settings = demo_settings(4096, compression, calibration, dense_layers, 5)
+    config = CacheConfig(calibration_interval=calibration, dense_layers=dense_layers)
+    settings = demo_settings(config, 4096, compression, 5)
     sparse = settings.budget / 4096 + (0.5 / calibration if calibration else 0)
     share = (dense_layers + (5 - dense_layers) * sparse) / 5
     assert 1 / compression - 16 / 4096 <= share <= 1 / compression

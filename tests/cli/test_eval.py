@@ -16,7 +16,7 @@ from attnpred.errors import ConfigError
 from attnpred.evaluation import rows as rows_file
 
 TINY = ["--policies", "ema:rate=0.1,oracle", "--budgets", "0.4,0.6", "--lengths", "170", "--texts", "table,code"]
-EDGES = ["--documents", "2", "--steps", "6", "--sink-tokens", "16", "--recent-tokens", "16"]
+EDGES = ["--documents", "2", "--steps", "6", "--num-sink-tokens", "16", "--recent-window", "16"]
 PROMISED = "model policy budget task length metric value n seed recovery recovery_ratio".split()
 Run = Callable[..., tuple[int, str, str]]
 
@@ -66,7 +66,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a word for a budget": (["--budgets", "half"], "got --budgets 'half', expected numbers with commas"),
     "no length": (["--lengths", ""], "got --lengths '', expected numbers with commas"),
     "endless": (["--lengths", "inf"], "got --lengths 'inf', expected numbers with commas"),
-    "sinks that are no blocks": (["--sink-tokens", "17"], "got num_sink_tokens=17, expected a multiple"),
+    "sinks that are no blocks": (["--num-sink-tokens", "17"], "got num_sink_tokens=17, expected a multiple"),
     "no documents": (["--documents", "0"], "--documents"),
     "no steps": (["--steps", "0"], "--steps"),
     "no task": (["--tasks", ","], "got --tasks ',', expected at least one of facts1"),

@@ -162,10 +162,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "budget NaN": (["--budget", "nan"], "got budget=nan, expected a number of tokens"),
     "budget infinite": (["--budget", "inf"], "got budget=inf, expected a number of tokens"),
     "budget 1.5": (["--budget", "1.5"], "got budget=1.5, expected a share of at most 1.0"),
-    "budget too small": (["--budget", "100"], "got budget=100, expected at least 160"),
+    "budget too small": (["--budget", "64"], "got budget=64, expected at least 80"),
     "block size that does not divide": (
         ["--block-size", "24"],
-        "got num_sink_tokens=64, expected a multiple of block_size=24",
+        "got num_sink_tokens=16, expected a multiple of block_size=24",
     ),
     "block size 0": (["--block-size", "0"], "got block_size=0, expected a whole number of at least 1"),
     "unknown offload": (["--offload", "tape"], "got offload='tape', expected one of None, 'cpu', 'disk'"),

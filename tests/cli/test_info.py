@@ -11,6 +11,7 @@ from transformers import Gemma3Config, LlamaConfig, MistralConfig
 from attnpred.cli.main import main
 from attnpred.config import OFFLOADS, CacheConfig
 from attnpred.hf import load_model, make_policy
+from attnpred.hf.dtype import stored_dtype
 from attnpred.hf.load import load_config
 from attnpred.hf.sizes import estimate_for
 from attnpred.kernels import DECODE_BACKENDS, DIGEST_BACKENDS
@@ -92,9 +93,9 @@ def test_what_is_shown_is_for_users(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_models_cache_is_what_the_estimate_says(capsys: pytest.CaptureFixture[str]) -> None:
     settings = CacheConfig(budget=512, offload="cpu", offload_dtype="int8", dense_layers=1)
-    config, dtype = load_config("demo")
+    config, chosen = load_config("demo")
     policy = make_policy("quest", None, config, settings)
-    expected = estimate_for(config, settings, policy, dtype, 6000, batch=2)
+    expected = estimate_for(config, settings, policy, chosen.dtype, 6000, batch=2)
     found = sizes(
         capsys,
         *("--context", "6000", "--budget", "512", "--policy", "quest", "--offload", "cpu"),
@@ -105,7 +106,8 @@ def test_a_models_cache_is_what_the_estimate_says(capsys: pytest.CaptureFixture[
     del found["bytes"], found["times_less"]
     assert found == {
         "model": "demo",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(chosen.dtype).removeprefix("torch."),
+        "dtype_why": chosen.why,
         "context": 6000,
         "batch": 2,
         "policy": "quest",
@@ -119,7 +121,7 @@ def test_a_models_cache_is_what_the_estimate_says(capsys: pytest.CaptureFixture[
 def test_what_is_left_out_has_a_default(capsys: pytest.CaptureFixture[str]) -> None:
     found = sizes(capsys)
     assert (found["context"], found["offload"], found["policy"], found["batch"]) == (8192, "disk", "predicted", 1)
-    assert (found["budget"], found["dense_layers"], found["offload_dtype"]) == (1024, 2, None)
+    assert (found["budget"], found["dense_layers"], found["offload_dtype"]) == (1024, 0, None)
     assert found["bytes"]["host"] == 0 < found["bytes"]["disk"]
 
 
@@ -144,7 +146,8 @@ def test_the_text_says_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     found = sizes(capsys, "--offload", "none", "--policy", "streaming", "--dense-layers", "0")
     assert main(["info", "--model", "demo", "--offload", "none", "--policy", "streaming", "--dense-layers", "0"]) == 0
     assert [line.split(maxsplit=1) for line in capsys.readouterr().out.replace("- ", "").splitlines()] == [
-        ["demo", f"in {found['dtype']}, 8192 tokens, batch 1"],
+        ["demo,", "8192 tokens, batch 1"],
+        ["dtype", f"{found['dtype']}: {found['dtype_why']}"],
         ["policy", "streaming, budget 1024, dense layers 0"],
         ["offload", "none, numbers as they are"],
         ["bytes"],
@@ -165,20 +168,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_no_weights_are_needed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = sizes(capsys, "--model", str(folder), "--policy", "ema")
+    found = sizes(capsys, "--model", str(folder), "--policy", "ema", "--dtype", "bfloat16")
     assert (found["dtype"], found["context"]) == ("bfloat16", 512)
     assert found["bytes"]["full"] == 512 * 3 * 2 * (8 + 8) * 2
 
 
 def test_the_demo_is_measured_in_the_dtype_it_runs_in() -> None:
-    assert load_config("demo")[1] == load_model("demo")[0].dtype
+    assert load_config("demo")[1].dtype == load_model("demo")[0].dtype
 
 
 @pytest.mark.parametrize("top", [True, False], ids=["whole", "text"])
 def test_a_model_of_several_parts_has_one_dtype(top: bool, tmp_path: Path) -> None:
     dtype = {"dtype": "bfloat16"}
     Gemma3Config(text_config=BASE | ({} if top else dtype), **(dtype if top else {})).save_pretrained(tmp_path)
-    assert load_config(str(tmp_path))[1] == torch.bfloat16
+    assert stored_dtype(load_config(str(tmp_path))[0]) == torch.bfloat16
 
 
 def test_a_model_that_names_no_dtype_is_taken_for_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,9 +202,10 @@ MISTAKES = [
     (["kernels"], "got 'kernels', expected `policies` alone, or options alone"),
     (["policies", "--model", "demo"], "got policies with other options, expected `policies` alone"),
     (["--context", "100"], "got --context without --model, expected the model whose cache it is about: add --model"),
-    (["--budget", "0"], "got --budget without --model, expected"),
+    (["--budget", "512"], "got --budget without --model, expected"),
     (["--offload-dtype", "int8"], "got --offload-dtype without --model, expected"),
-    (["--dense-layers", "0"], "got --dense-layers without --model, expected"),
+    (["--dense-layers", "1"], "got --dense-layers without --model, expected"),
+    (["--dtype", "float32"], "got --dtype without --model, expected"),
     (["--model", "demo", "--context", "0"], "--context"),
     (["--model", "demo", "--batch", "0"], "--batch"),
     (["--model", "demo", "--dense-layers", "two"], "got dense_layers='two', expected a whole number of at least 0"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def demo() -> tuple[Any, Any]:
 
 def described(found: Plan) -> list[tuple[str, int, str, float]]:
     return [(cell.task.word, cell.length, cell.variant.label, cell.budget) for cell in found.cells()]
+
+
+def test_rows_that_were_measured_under_other_defaults_are_found_again(text: str) -> None:
+    """The rows of docs/results name their settings as they did when the defaults were others."""
+    results = Path(__file__).resolve().parents[2] / "docs" / "results"
+    made = plan(text, "facts4", config=CacheConfig(budget=1.0))
+    for name, config in (
+        ("policies", made.config),
+        ("needle", replace(made.config, recent_window=16)),
+        ("offloaded", replace(made.config, offload="cpu")),
+    ):
+        with (results / f"{name}.jsonl").open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        assert replace(made, config=config).settings()["config"] == first["settings"]["config"]
 
 
 def test_the_full_cache_comes_first_once_for_each_task_and_length(text: str) -> None:
@@ -153,7 +168,7 @@ COMMAND = "import sys; from attnpred.cli.main import main; raise SystemExit(main
 def arguments(text: str, out: Path, *more: str) -> list[str]:
     return [
         *("eval", "demo", "--tasks", "facts4,perplexity,recovery", "--policies", "full,streaming,ema", "--budgets", "0.4,0.6"),
-        *("--lengths", "300", "--documents", "2", "--steps", "12", "--texts", text, "--recent-tokens", "16"),
+        *("--lengths", "300", "--documents", "2", "--steps", "12", "--texts", text, "--recent-window", "16"),
         *("--out", str(out), *more),
     ]  # fmt: skip
 

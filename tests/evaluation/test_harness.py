@@ -209,4 +209,4 @@ def test_the_command_line_says_in_one_line_what_is_wrong(
     words = ["--model", "attnpred", "--model_args", "pretrained=demo,budget=10", "--tasks", "local_numbers"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--device", "cpu", "--include_path", str(folder)])
     assert main() == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("attnpred: got budget=10, expected at least 160")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("attnpred: got budget=10, expected at least 80")

@@ -210,3 +210,11 @@ def test_single_layers_stay_dense() -> None:
     assert [layer["sparse_steps"] for layer in layers] == [0, 1, 0]
     assert [layer["dense"] for layer in layers] == [{"dense layer": 1}, {}, {"dense layer": 1}]
     assert [decoder.memory.is_empty for _, decoder in sorted(cache.decoders.items())] == [True, False, True]
+
+
+def test_with_the_defaults_the_share_that_is_asked_for_is_the_share_that_is_read() -> None:
+    """No layer is dense unless asked for: with two of three, a quarter would be 1.3 times less."""
+    model = tiny_model("llama")
+    with attnpred.attach(model, budget=0.25, policy="streaming") as attached:
+        greedy(model, prompt(1, 400), 24)
+        assert attached.stats()["total"]["compression"] == pytest.approx(4, rel=0.1)

@@ -110,7 +110,7 @@ def test_a_predictor_of_another_kind_is_refused() -> None:
             make_policy(policy, predictor, config, CacheConfig())
     assert isinstance(make_policy("predicted", "demo", config, CacheConfig()), Predicted)
     with pytest.raises(PredictorError, match="got a predictor for blocks of 16, expected 32"):
-        make_policy("seer", "seer-demo", config, CacheConfig(block_size=32))
+        make_policy("seer", "seer-demo", config, CacheConfig(block_size=32, num_sink_tokens=32))
 
 
 @torch.no_grad()

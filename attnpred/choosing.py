@@ -70,7 +70,7 @@ class Chooser:
         if self.known is None or self.known[0] is not settled or self.known[1].length != length:
             zone = zone_at(self.config, length)
             if settled is not None:
-                zone = replace(zone, first_recent=settled.first_recent, free=settled.free)
+                zone = replace(zone, sinks=settled.sinks, first_recent=settled.first_recent, free=settled.free)
             self.known = settled, zone  # a step asks for it twice
         return self.known[1]
 

@@ -18,7 +18,7 @@ def train(
     steps: Annotated[
         int, typer.Option(help="Steps of the optimiser; 0: 600 for streaming, 1500 for cnn, 4000 for seer-gate.")
     ] = 0,
-    rank: Annotated[int, typer.Option(help="Directions that a digest or a gate keeps (streaming, seer-gate).")] = 32,
+    rank: Annotated[int, typer.Option(help="Directions that a digest (D at most) or a gate keeps.")] = 32,
     batch: Annotated[int, typer.Option(help="Windows per query; a step takes four queries (cnn).")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam, at first; it falls (cnn).")] = 3e-4,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the split and the order.")] = 0,

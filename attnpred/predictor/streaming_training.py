@@ -49,10 +49,10 @@ LOG = "train_log.jsonl"
 class StreamingConfig:
     """Settings of a training run.
 
-    steps: of Adam for the projections of a layer, per number of vectors. rank: r. state_share: bytes of digests and
-    peaks per byte of keys and values in half precision. documents: at most this many for the weights. rounds: closed
-    loops. sink_blocks, recent_blocks: always attended. budgets: shares of the context that are trained for. history: rows of
-    the prompt that start the state. validation: share of the documents held out. shared: see the module.
+    steps: of Adam for the projections of a layer, per number of vectors. rank: r, or D where that is less. state_share:
+    bytes of digests and peaks per byte of keys and values in half precision. documents: at most this many for the weights.
+    rounds: closed loops. sink_blocks, recent_blocks: always attended. budgets: shares of the context that are trained for.
+    history: rows of the prompt that start the state. validation: share of the documents held out. shared: see the module.
     """
 
     steps: int = 600
@@ -98,6 +98,7 @@ def train_streaming(
     reader = TraceReader(traces)
     meta = reader.meta
     edges = Edges(meta.block_size, config.sink_blocks, config.recent_blocks, meta.scale)
+    config = dataclasses.replace(config, rank=min(config.rank, max(2, meta.head_dim // 2 * 2)))
     training, held_out = split(_usable(reader, config, edges), config.validation, config.seed)
     make_folder(folder)
     maps: list[DigestMap | None] = [None] * meta.layers

@@ -57,6 +57,13 @@ def same(one: Path, other: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_a_digest_keeps_no_more_directions_than_the_heads_have(tmp_path: Path) -> None:
+    """The default of 32 is for heads of 64 and more; small models have 16."""
+    wide = dataclasses.replace(TINY, rank=32)
+    train_streaming(written(tmp_path / "traces"), tmp_path / "out", wide, progress=False)
+    assert Predictor.from_pretrained(tmp_path / "out").config.rank == DIM
+
+
 def test_what_comes_out_is_a_predictor_for_the_captured_model(tmp_path: Path) -> None:
     result = train_streaming(written(tmp_path / "traces"), tmp_path / "out", TINY, progress=False)
     predictor = Predictor.from_pretrained(tmp_path / "out")

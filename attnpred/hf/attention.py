@@ -9,8 +9,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from attnpred.errors import ConfigError, UnsupportedModelError
-from attnpred.hf.autocast import attending_dtype, without_autocast
 from attnpred.hf.cache import LAST_UPDATED
+from attnpred.hf.modes import attending_dtype, without_autocast, without_inference_mode
 from attnpred.hf.reading import KEPT, Seen
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.streamed import StreamedAttention
@@ -34,10 +34,12 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The attention function registered with transformers: query [B, Hq, Q, D] to output [B, Q, Hq, D].
 
-    Under autocast it computes in the type of number that stock attention would, and nothing below it is cast again.
+    Under autocast it computes in the type of number that stock attention would, and nothing below it is cast again;
+    what is remembered under inference mode may be changed outside of it.
     """
     dtype = attending_dtype(query.device, query.dtype)
-    with without_autocast(query.device):
+    with without_autocast(query.device), without_inference_mode():
+        query = query.clone() if query.is_inference() else query  # a memory may keep it
         return _attend(module, query, key, value, attention_mask, dropout, scaling, dtype, kwargs), None
 
 

@@ -24,6 +24,7 @@ from attnpred.errors import ConfigError, NotSparseError, StoreError, Unsupported
 from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
 from attnpred.hf.closed import ClosedLayer
 from attnpred.hf.layer import TieredLayer, holds_tokens
+from attnpred.hf.modes import in_ordinary_mode
 from attnpred.hf.sizes import estimate_for
 from attnpred.hf.support import is_served, refuse_unsupported
 from attnpred.policies.base import Policy
@@ -63,6 +64,7 @@ class TieredCache(Cache):
     saved: a file below the slow tier, for `load`.
     """
 
+    @in_ordinary_mode
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -163,6 +165,7 @@ class TieredCache(Cache):
             estimate.free_disk_bytes(folder) if wanted.disk else None,
         )
 
+    @in_ordinary_mode
     def save(self, path: str | Path, tokens: Tensor | None = None) -> None:
         """Write the cache to a file, all of it or nothing: keys, values, and all that the policy remembers.
 
@@ -204,6 +207,7 @@ class TieredCache(Cache):
         """
         return copy.deepcopy(self)
 
+    @in_ordinary_mode
     def close(self) -> None:
         """Free all memory, and the file if there is one and no fork uses it; every later use but `stats` is a `StoreError`.
 
@@ -257,6 +261,7 @@ class TieredCache(Cache):
             return telemetry.SEVERAL
         return telemetry.FITS if self.decoder(index).fits(length) else None
 
+    @in_ordinary_mode
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -289,6 +294,7 @@ class TieredCache(Cache):
             )
         return None
 
+    @in_ordinary_mode
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         """Copy the sequence; policy and model config stay shared (the config tells whether the model is attached)."""
         self.require_usable()
@@ -325,6 +331,7 @@ class TieredCache(Cache):
     def _forget(self) -> None:
         self.tokens, self.saved_tokens = None, 0
 
+    @in_ordinary_mode
     def reset(self) -> None:
         self.require_usable()
         super().reset()
@@ -332,6 +339,7 @@ class TieredCache(Cache):
         for decoder in self.decoders.values():
             decoder.clear()
 
+    @in_ordinary_mode
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last -`tokens_to_remove` tokens, 0 or less; of a torn cache at least what not all layers have."""
         self.require_usable()
@@ -370,6 +378,7 @@ class TieredCache(Cache):
                 f"ended halfway; crop({shortest - self.get_seq_length()}) takes back what it did, or make a new cache"
             )
 
+    @in_ordinary_mode
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.require_usable()
         super().reorder_cache(beam_idx)
@@ -377,6 +386,7 @@ class TieredCache(Cache):
         for decoder in self.decoders.values():
             decoder.select(beam_idx)
 
+    @in_ordinary_mode
     def batch_select_indices(self, indices: Tensor) -> None:
         self.require_usable()
         super().batch_select_indices(indices)
@@ -384,6 +394,7 @@ class TieredCache(Cache):
         for decoder in self.decoders.values():
             decoder.select(indices)
 
+    @in_ordinary_mode
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.require_usable()
         super().batch_repeat_interleave(repeats)

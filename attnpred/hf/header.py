@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnpred.config import CacheConfig
 from attnpred.errors import CacheFileError, ConfigError
-from attnpred.hf.autocast import attending_dtype
 from attnpred.hf.choose import fingerprint, make_policy
+from attnpred.hf.modes import attending_dtype
 from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast

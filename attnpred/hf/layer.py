@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer
 
 from attnpred import telemetry
 from attnpred.errors import ConfigError
-from attnpred.hf.autocast import attending_dtype, without_autocast
+from attnpred.hf.modes import attending_dtype, without_autocast
 from attnpred.store.base import Store
 
 if TYPE_CHECKING:

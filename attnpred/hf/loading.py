@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from attnpred.config import CacheConfig
 from attnpred.errors import CacheFileError, ShapeError
-from attnpred.hf.autocast import attending_dtype
 from attnpred.hf.cache import TieredCache
 from attnpred.hf.header import Header
 from attnpred.hf.layer import TieredLayer
+from attnpred.hf.modes import attending_dtype, in_ordinary_mode
 from attnpred.hf.saving import TOKENS, WINDOW, check_value
 from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
@@ -43,6 +43,7 @@ logger = logging.getLogger("attnpred")
 HOST = torch.device("cpu")
 
 
+@in_ordinary_mode
 def load(
     path: str | Path,
     model: PreTrainedModel,

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from attnpred.config import CacheConfig
 from attnpred.errors import UnsupportedModelError
-from attnpred.hf.autocast import without_autocast
+from attnpred.hf.modes import without_autocast
 from attnpred.hf.support import is_served, refuse_unsupported
 from attnpred.policies.base import Policy, View
 from attnpred.policies.select import zone_at

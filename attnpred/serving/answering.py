@@ -63,7 +63,7 @@ def answer(
 
     say: gets the text as it comes. is_stopped: asked after each token.
     """
-    ids = torch.tensor([said], device=model.device)
+    ids = torch.tensor([said], device=model.device, dtype=torch.int64)
     listener = _Listener(tokenizer, ends, closing, say, is_stopped)
     is_drawn = sampling.temperature > 0
     with torch.random.fork_rng(enabled=is_drawn):
@@ -124,7 +124,7 @@ class _Listener:
         self._tell(self._text())
 
     def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((ids.shape[0],), self.is_closed or self.is_stopped(), device=ids.device)
+        return torch.full((ids.shape[0],), self.is_closed or self.is_stopped(), device=ids.device, dtype=torch.bool)
 
     def _text(self) -> str:
         text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)

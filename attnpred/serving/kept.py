@@ -47,7 +47,7 @@ class KeptTexts:
         """Return where the cache of the text `ids` is, or would be."""
         known = [made_by(model), settings.block_size, last_queries(settings), settings.offload_dtype]
         digest = hashlib.sha256(repr(known).encode())
-        digest.update(torch.tensor(ids, dtype=torch.int64).numpy().tobytes())
+        digest.update(torch.tensor(ids, dtype=torch.int64, device="cpu").numpy().tobytes())
         return (self.folder or Path()) / f"{digest.hexdigest()}.kv"
 
     def has(self, path: Path) -> bool:

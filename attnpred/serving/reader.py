@@ -52,7 +52,7 @@ class Reader:
 
         Raises `TierFullError` before it begins if there is no room for it.
         """
-        config, tokens = self.model.config, torch.tensor([ids], device=self.model.device)
+        config, tokens = self.model.config, torch.tensor([ids], device=self.model.device, dtype=torch.int64)
         shares = settings.layer_groups is not None
         if len(ids) < self.short or shares or not is_carried(policy, settings):
             cache = TieredCache(config, policy=policy, settings=settings)
@@ -100,7 +100,7 @@ class Reader:
 
     def read_on(self, cache: TieredCache, ids: Sequence[int]) -> None:
         """Read what `ids` have beyond the cache."""
-        self._feed(cache, torch.tensor([ids[cache.get_seq_length() :]], device=self.model.device))
+        self._feed(cache, torch.tensor([ids[cache.get_seq_length() :]], device=self.model.device, dtype=torch.int64))
 
     @torch.no_grad()
     def _feed(self, cache: TieredCache, tokens: Tensor, report: Report = quietly, chunk: int | None = None) -> None:

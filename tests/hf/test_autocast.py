@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import attnpred
+from attnpred.hf import cache_argument
 from attnpred.policies import POLICIES
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from tests.hf.support import COVERING, SMALL, WHOLE, greedy, offloaded, predictor, separators
@@ -65,10 +66,10 @@ def test_autocast_may_begin_or_end_between_two_calls(first: bool) -> None:
     with attnpred.attach(model, policy="ema", config=SMALL) as attached:
         cache = attached.new_cache()
         with torch.autocast("cpu", torch.bfloat16, enabled=first):
-            model(tokens[:, :80], cache=cache)
+            model(tokens[:, :80], **cache_argument(cache))
         with torch.autocast("cpu", torch.bfloat16, enabled=not first):
-            model(tokens[:, 80:89], cache=cache)
-            logits = model(tokens[:, 89:], cache=cache).logits
+            model(tokens[:, 80:89], **cache_argument(cache))
+            logits = model(tokens[:, 89:], **cache_argument(cache)).logits
     assert cache.stats()["total"]["sparse_steps"] == 3 and bool(logits.isfinite().all())
 
 

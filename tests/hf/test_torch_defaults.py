@@ -54,11 +54,11 @@ def test_a_slow_tier_and_a_file(policy: str, setting: str | torch.dtype, tmp_pat
         assert torch.equal(tokens(policy, config, beams), want)
         with attnpred.attach(model, policy=separators(policy), config=config) as attached:
             with attached.new_cache() as cache:
-                first = greedy(model, TOKENS[:1], NEW, past_key_values=cache)
+                first = greedy(model, TOKENS[:1], NEW, cache=cache)
                 cache.save(tmp_path / "a.kv")
-                second = greedy(model, first, NEW, past_key_values=cache)
+                second = greedy(model, first, NEW, cache=cache)
             with attnpred.TieredCache.load(tmp_path / "a.kv", model, predictor=_predictor(policy)) as loaded:
-                assert torch.equal(greedy(model, first, NEW, past_key_values=loaded), second)
+                assert torch.equal(greedy(model, first, NEW, cache=loaded), second)
 
 
 def _predictor(policy: str) -> Predictor | None:

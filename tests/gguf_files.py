@@ -24,6 +24,8 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 SPECIAL = ["<unk>", "<s>", "</s>"]
+MERGED = ["ab", "AB"]
+"""Two at least: transformers 5.16 takes a list of one for no list."""
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -48,12 +50,12 @@ def write_gguf(path: Path, kind: gguf.GGMLQuantizationType | None = None) -> Pre
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    characters = [chr(code) for code in range(33, 33 + config.vocab_size - len(SPECIAL) - 1)]
+    characters = [chr(code) for code in range(33, 33 + config.vocab_size - len(SPECIAL) - len(MERGED))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([*SPECIAL, *characters, "ab"])
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(characters) + 1))
-    writer.add_token_merges(["a b"])
+    writer.add_token_list([*SPECIAL, *characters, *MERGED])
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(characters) + len(MERGED)))
+    writer.add_token_merges([" ".join(pair) for pair in MERGED])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

@@ -61,8 +61,6 @@ class Reading:
 
     def fill(self, cache: "TieredCache") -> None:
         """Give `cache`, which is empty and attached, what the prompt would have given it."""
-        for index, layer in self.stock.items():
-            cache.layers[index] = copy.deepcopy(layer)
         for seen in self.layers:
             layer = cache.layer_of(seen.layer, *self._updated(cache, seen))
             decoder = cache.decoder(seen.layer)
@@ -70,6 +68,8 @@ class Reading:
                 if decoder.policy.reads_tokens:
                     decoder.memory.read(self.tokens, layer.store.length)
                 decoder.observe(seen.query, layer.store, seen.terms, seen.allowed, prompt=True, keys=seen.key)
+        for index, stock in self.stock.items():
+            cache.layers[index] = copy.deepcopy(stock)
 
     @staticmethod
     def _updated(cache: "TieredCache", seen: Seen) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,18 @@
 """The attention function and what it falls back to. It is registered once and recognises its own layers by itself."""
 
+import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from attnpred.errors import ConfigError, UnsupportedModelError
-from attnpred.hf.cache import LAST_UPDATED
+from attnpred.hf.cache import LAST_UPDATED, RUNNING
 from attnpred.hf.modes import attending_dtype, without_autocast, without_inference_mode
 from attnpred.hf.reading import KEPT, Seen
 from attnpred.kernels.dense import AttentionTerms
@@ -107,6 +110,16 @@ def _attend(
 def note_tokens(module: nn.Module, arguments: tuple[Any, ...]) -> None:
     """Note the token ids that a model's embedding is called with: a forward pre-hook of it."""
     TOKENS.set(arguments[0] if arguments else None)
+
+
+def model_noter(model: PreTrainedModel) -> Callable[..., None]:
+    """Return a forward pre-hook, of a model's embedding as well, that notes that `model` runs."""
+    reference = weakref.ref(model)
+
+    def note(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        RUNNING.set(reference)
+
+    return note
 
 
 def _tokens(query: Tensor) -> Tensor:

@@ -47,6 +47,9 @@ IMPLEMENTATION = "attnpred"
 LAST_UPDATED: ContextVar["weakref.ref[TieredCache] | None"] = ContextVar("attnpred_last_updated", default=None)
 """The cache that was updated last in this thread; the attention function that follows looks there for its layer."""
 
+RUNNING: ContextVar["weakref.ref[PreTrainedModel] | None"] = ContextVar("attnpred_running", default=None)
+"""The attached model that was called last in this thread: the cache that it updates notes it, for `save`."""
+
 
 @final
 class TieredCache(Cache):
@@ -100,6 +103,8 @@ class TieredCache(Cache):
         """Ids [B, L] of what it holds, where they are known: after `generate` of an attached model, and when loaded."""
         self.saved_tokens = 0
         """Tokens of a row whose blocks lie in the file that it was loaded from."""
+        self.model: weakref.ref[PreTrainedModel] | None = None
+        """The model that computed what it holds, where that is known: `save` marks its weights."""
         self._admitted = 0
         self._warned = False
         self._is_closed = False
@@ -166,15 +171,16 @@ class TieredCache(Cache):
         )
 
     @in_ordinary_mode
-    def save(self, path: str | Path, tokens: Tensor | None = None) -> None:
-        """Write the cache to a file, all of it or nothing: keys, values, and all that the policy remembers.
+    def save(self, path: str | Path, tokens: Tensor | None = None, *, model: PreTrainedModel | None = None) -> None:
+        """Write the cache to a file, all of it or nothing: keys, values, marks of the weights, what the policy remembers.
 
         tokens [B, L]: ids of all that it has seen, for `load(prefix=)`; `generate` of an attached model notes them itself.
+        model: the one that computed the keys, where it was not attached, or called with embeddings alone.
         Raises `CacheFileError`, and `StoreError` if a block cannot be read back.
         """
         from attnpred.hf.saving import save  # which needs this class
 
-        save(self, path, tokens)
+        save(self, path, tokens, model)
 
     @classmethod
     def load(
@@ -268,12 +274,19 @@ class TieredCache(Cache):
         self.require_usable()
         if layer_idx == self._first:  # where every call begins
             self.require_whole()
+            self._note_model()
         LAST_UPDATED.set(weakref.ref(self))
         self.tokens = None  # it holds more now
         if type(self.layers[layer_idx]) is TieredLayer:
             kwargs["cache"] = self
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
+
+    def _note_model(self) -> None:
+        running = RUNNING.get()
+        model = None if running is None or running is self.model else running()
+        if model is not None and model.config.get_text_config(decoder=True) is self.model_config:
+            self.model = running
 
     def layer_of(self, index: int, key: Tensor, value: Tensor) -> TieredLayer | None:
         """Return the layer whose `update` returned these very tensors: layer `index`, or one that it shares keys with.

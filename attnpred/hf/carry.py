@@ -46,7 +46,7 @@ def carry_over(source: TieredCache, cache: TieredCache) -> None:
                 new.lazy_initialization(piece.keys, piece.values)
                 cache.admit(old.store.length, old.store.batch, piece.keys.dtype)
             new.store.append(piece.keys, piece.values)
-    cache.tokens = source.tokens
+    cache.tokens, cache.model = source.tokens, source.model
 
 
 def _check(source: TieredCache, cache: TieredCache) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from attnpred import telemetry
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError, NotSparseError, UnsupportedModelError
-from attnpred.hf.attention import attention, make_mask, note_tokens
+from attnpred.hf.attention import attention, make_mask, model_noter, note_tokens
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.cache_argument import NAME, cache_argument, rename_cache, take_cache
 from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
@@ -55,6 +56,7 @@ class Attached:
         self._hooks = [
             self._model.register_forward_pre_hook(rename_cache, with_kwargs=True),
             self._model.get_input_embeddings().register_forward_pre_hook(note_tokens),
+            self._model.get_input_embeddings().register_forward_pre_hook(model_noter(self._model)),
         ]
 
         @functools.wraps(self._stock_generate)
@@ -219,6 +221,8 @@ def attach(
         logger.warning(why)
 
     def make_cache() -> TieredCache:
-        return TieredCache(model.config, policy=chosen, settings=settings)
+        cache = TieredCache(model.config, policy=chosen, settings=settings)
+        cache.model = weakref.ref(model)
+        return cache
 
     return Attached(model, make_cache, strict=settings.strict).activate()

@@ -1,14 +1,12 @@
 """`Header`: what a saved cache says of itself, and whether a model, settings, a policy and a predictor fit it.
 
 It is the metadata of the file, one text of JSON for each field, readable with any safetensors library. Everything that the
-keys and values depend on, and that a config can tell, is in it: another model, another kind of number or another predictor
-is refused, because the tokens would be wrong without a word. (Two sets of weights of one architecture have one config: a
-different name is told in the log.)
+keys and values depend on is in it: another model, other weights or adapters (`attnpred.hf.weights`), another kind of number
+or another predictor is refused, because the tokens would be wrong without a word. The name of the model is for people.
 """
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
@@ -22,14 +20,13 @@ from attnpred.config import CacheConfig
 from attnpred.errors import CacheFileError, ConfigError
 from attnpred.hf.choose import fingerprint, make_policy
 from attnpred.hf.modes import attending_dtype
+from attnpred.hf.weights import alike, answers, hash_samples
 from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.predictor.pretrained import Predictor, shipped
 
-logger = logging.getLogger("attnpred")
-
-FORMAT = "1"
+FORMAT = "2"
 _MARK, _SUM = "attnpred_cache", "sum"  # beside the fields: version of the format, and a hash of all the others
 LOCAL = ("offload_dir", "fast_limit", "host_limit", "disk_limit")
 """Settings that say something of a machine; they are not saved."""
@@ -44,6 +41,7 @@ _NO_ARCHITECTURE = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
 class Header:
     """config, predictor, tokens: SHA-256 of the model's config, the predictor's weights, the token ids.
 
+    weights, answers: marks of the model's weights (`attnpred.hf.weights`).
     layers: what there is to say of each layer beside its tensors; decoders: the plain numbers of each layer's decoder;
     sums: check values of the tensors that are read at once.
     """
@@ -54,6 +52,8 @@ class Header:
     fingerprint: str
     config: str
     rope: Any
+    weights: str
+    answers: list[list[float]]
     dtype: str
     block_size: int
     settings: dict[str, Any]
@@ -116,11 +116,14 @@ class Header:
                 f"got {path}, saved in {self.dtype}, for a model in {name_of(dtype)}, expected the same: load the model "
                 f"with dtype={self.dtype}"
             )
-        if (own["model"], own["revision"]) != (self.model, self.revision):
-            logger.warning(
-                "%s was saved with %s at revision %s; the tokens are right only if the weights of %s at revision %s are the same",
-                path, self.model, self.revision, own["model"], own["revision"],
-            )  # fmt: skip
+
+    def require_weights(self, model: PreTrainedModel, path: Path) -> None:
+        """Raise `CacheFileError` unless the weights of `model`, which passed `require`, would give the same keys."""
+        if hash_samples(model) != self.weights or not alike(self.answers, answers(model), model.dtype):
+            raise CacheFileError(
+                f"got {path}, saved with other weights of {self.model or 'this model'}, expected the same, with the same "
+                f"adapters at work: load the model as it was when the cache was saved, or read the text again"
+            )
 
     def settings_with(self, overrides: Mapping[str, Any]) -> CacheConfig:
         """Return the settings of the saved cache, with those changed that may. Raises `ConfigError`."""

@@ -11,6 +11,7 @@ All of a loaded cache lies on the device of the model, which must be one.
 """
 
 import logging
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def _open(path: Path, model: PreTrainedModel) -> tuple[SafetensorsFile, Header]:
     file = SafetensorsFile(path)
     header = Header.from_metadata(file.metadata, path)
     header.require(model.config, attending_dtype(model.device, model.dtype), path)
+    header.require_weights(model, path)
     return file, header
 
 
@@ -101,12 +103,17 @@ def _begin(
     ids = None if header.tokens is None else _tensor(file, header, TOKENS, HOST)
     kept = header.length if prefix is None else _in_common(prefix, ids, header, file.path)
     if not kept:
-        return TieredCache(model.config, policy=policy, settings=settings)
-    cache = TieredCache(model.config, policy=policy, settings=settings, saved=SavedTier(file))
+        return _of(model, TieredCache(model.config, policy=policy, settings=settings))
+    cache = _of(model, TieredCache(model.config, policy=policy, settings=settings, saved=SavedTier(file)))
     _fill(cache, file, header, model.device)
     cache.tokens = ids
     if kept < header.length:
         cache.crop(kept - header.length)
+    return cache
+
+
+def _of(model: PreTrainedModel, cache: TieredCache) -> TieredCache:
+    cache.model = weakref.ref(model)
     return cache
 
 
@@ -126,6 +133,8 @@ def _fill(cache: TieredCache, file: SafetensorsFile, header: Header, device: tor
                 layer.store.adopt(_sealed(file, header, backing, index, keys, values), keys, values)
             else:
                 _fill_window(layer, said, keys, values)
+            if layer.get_seq_length() != header.length:  # type: ignore[union-attr]
+                raise _damaged(f"{name}keys", file)
     for number, state in header.decoders.items():
         mine = f"decoders.{number}."
         tensors = {name: _tensor(file, header, name, device) for name in header.sums if name.startswith(mine)}

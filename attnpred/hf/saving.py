@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from attnpred.errors import CacheFileError, ShapeError
 from attnpred.hf.cache import TieredCache
 from attnpred.hf.header import Header, name_of
 from attnpred.hf.layer import SLIDING, TieredLayer
+from attnpred.hf.weights import answers, hash_samples
 from attnpred.store.codec import checks
 from attnpred.store.export import Export
 from attnpred.store.safetensors_file import Entry, write
@@ -31,13 +33,21 @@ WINDOW = ("sliding_window", "cumulative_length", "record_past")
 """What a sliding layer is beside its keys and values."""
 
 
-def save(cache: TieredCache, path: str | Path, tokens: Tensor | None = None) -> None:
+def save(
+    cache: TieredCache, path: str | Path, tokens: Tensor | None = None, model: PreTrainedModel | None = None
+) -> None:
     """Write `cache`; see `TieredCache.save`."""
     cache.require_usable()
     cache.require_whole()
     length = cache.get_seq_length()
     if not length:
         raise CacheFileError("got an empty cache, expected one that holds tokens: give it a prompt before it is saved")
+    computed = model or (None if cache.model is None else cache.model())
+    if computed is None:
+        raise CacheFileError(
+            "got a cache of a model that is not known (gone, or never attached), expected the one that computed the keys: "
+            "save(path, model=model)"
+        )
     layers: list[dict[str, Any]] = []
     large: list[Entry] = []
     small: dict[str, Tensor] = {}
@@ -60,6 +70,8 @@ def save(cache: TieredCache, path: str | Path, tokens: Tensor | None = None) -> 
         cache.model_config,
         cache.settings,
         cache.policy,
+        weights=hash_samples(computed),
+        answers=answers(computed),
         dtype=name_of(dtype),
         length=length,
         batch=batch,

@@ -154,13 +154,15 @@ class Talk:
             from attnpred.cli.side_by_side import side_by_side
 
             earlier = self.last.text if self.last is not None else ""
-            with side_by_side((self._state(), "full cache"), earlier) as say:
+            with side_by_side((self._way(), "full cache"), earlier) as say:
                 full = self.conversation.ask_full(self.sampling, say, is_stopped)
         self._say(f"[full cache: {_times(full)}]")
 
     def _state(self) -> str:
-        talk = self.conversation
-        return f"{len(talk.ids):,} tokens, policy {self.policy}, budget {talk.settings.budget}"
+        return f"{len(self.conversation.ids):,} tokens, {self._way()}"
+
+    def _way(self) -> str:
+        return f"policy {self.policy}, budget {self.conversation.settings.budget}"
 
     @staticmethod
     def _say(text: str) -> None:

@@ -1,8 +1,10 @@
 """One answer: `generate` on a cache, its text told as it comes, ended by the model, by a text, or by whoever listens."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, final
 
 import torch
@@ -34,8 +36,8 @@ class Sampling:
 class Answer:
     """text, without what ended it; ids: all of it that belongs to the conversation, `closing` at its end included.
 
-    first_seconds until the first token, ms_per_token for those after it. is_whole: False where it was stopped, or cut off.
-    stats: what its cache has counted so far.
+    first_seconds until the first token; ms_per_token: the median of those after it. is_whole: False where it was stopped, or
+    cut off. stats: what its cache has counted so far.
     """
 
     text: str
@@ -84,14 +86,14 @@ def answer(
             stopping_criteria=[listener],
         )
     start, *moments = listener.moments
-    later = moments[-1] - moments[0]
+    waits = [1e3 * (later - earlier) for earlier, later in pairwise(moments)]
     return Answer(
         text=listener.said,
         ids=listener.ids,
         closing=closing if listener.is_closed else "",
         is_whole=listener.is_ended or listener.is_closed,
         first_seconds=moments[0] - start,
-        ms_per_token=1e3 * later / max(1, len(moments) - 1),
+        ms_per_token=statistics.median(waits) if waits else 0.0,
         stats=cache.stats(),
     )
 

@@ -1,6 +1,10 @@
 """Evidence on real models: the full cache decides what is compared, and what is left out is named."""
 
+import json
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from attnpred.evaluation.plan import FULL
 from tools import evidence_real, real_tables
@@ -50,3 +54,17 @@ def test_the_full_cache_comes_first_and_then_budget_after_budget() -> None:
         assert [cell.variant.label == FULL for cell in cells] == [True] + [False] * (len(cells) - 1)
         budgets = [cell.budget for cell in cells[1:]]
         assert list(dict.fromkeys(budgets)) == list(plan.budgets) and budgets == sorted(budgets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("low", "policies"), [(-1.0, ["full", "streaming"]), (1.0, ["full"])])
+def test_policies_run_only_where_the_full_cache_is_above_chance(
+    low: float, policies: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence_real, "CHANCE", low)
+    monkeypatch.setattr(evidence_real, "RUNS", (evidence_real.Run("demo", 200, "passkey", 1, "streaming"),))
+    out = tmp_path / "rows.jsonl"
+    for _ in range(2):  # the second time nothing is measured again
+        assert evidence_real.main(["--out", str(out)]) == 0
+    assert [json.loads(line)["policy"] for line in out.read_text().splitlines()] == policies
+    assert evidence_real.main(["--out", str(tmp_path / "no.jsonl"), "--minutes", "0"]) == 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnpred.config import CacheConfig
-from attnpred.evaluation.grid import Grid, attempt, left_over
+from attnpred.evaluation.grid import Grid, left_over, run_cells
 from attnpred.evaluation.plan import FULL, Cell, Plan, parse_task
 from attnpred.evaluation.rows import Row, RowsFile
 from attnpred.evaluation.session import Readings
@@ -22,13 +22,10 @@ from attnpred.evaluation.variants import parse_variant
 from attnpred.hf import load_model
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results" / "real.jsonl"
-POLICIES = "predicted ema quest snapkv h2o streaming oracle"
-BUDGETS = (1 / 13, 1 / 8, 1 / 32)
-"""In the order in which they are measured."""
+FEW, ALL = "predicted ema quest snapkv streaming", "predicted ema quest snapkv h2o streaming oracle"
+THIRTEENTH, OTHERS = (1 / 13,), (1 / 8, 1 / 32)
 CHANCE = 0.0
 READINGS = 3 << 30
-SINKS, RECENT = 16, 32
-"""As `attnpred eval` has them: with 64 of each, a share of 1/32 of 2,048 tokens would be nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +36,8 @@ class Run:
     length: int
     tasks: str
     documents: int
-    policies: str = POLICIES
-    budgets: tuple[float, ...] = BUDGETS
+    policies: str = ALL
+    budgets: tuple[float, ...] = THIRTEENTH
 
     def plan(self) -> Plan:
         """Return it as the grid takes it."""
@@ -50,7 +47,7 @@ class Run:
             variants=tuple(parse_variant(word) for word in (FULL, *self.policies.split())),
             budgets=tuple(round(share, 6) for share in self.budgets),
             lengths=(self.length,),
-            config=CacheConfig(budget=1.0, num_sink_tokens=SINKS, recent_window=RECENT, dense_layers=0),
+            config=CacheConfig(budget=1.0),
             seed=5,
             documents=self.documents,
         )
@@ -59,15 +56,17 @@ class Run:
 EASY = "passkey needle niah_single_1 niah_single_2 niah_multikey_1"
 HARD = "niah_single_3 niah_multivalue niah_multiquery niah_multikey_2 niah_multikey_3 lookup vt facts_turns"
 RUNS = (
-    Run("smollm2", 2048, EASY, 4, budgets=BUDGETS[:2]),
-    Run("smollm2", 4096, "passkey needle niah_single_1", 4),
-    Run("smollm2", 2048, HARD, 4, budgets=BUDGETS[:1]),
-    Run("smollm2", 4096, "niah_single_2 niah_multikey_1", 4),
-    Run("smollm2", 8000, "passkey niah_single_1", 4),
-    Run("gemma3-270m", 4096, "needle passkey", 4),
-    Run("gemma3-270m", 16384, "needle", 4, "predicted ema quest"),
+    Run("smollm2", 2048, EASY, 4, FEW),
+    Run("smollm2", 2048, HARD, 4, FEW),
+    Run("smollm2", 4096, "passkey needle niah_single_1", 4, FEW),
+    Run("smollm2", 8000, "passkey niah_single_1", 4, FEW),
+    Run("gemma3-270m", 4096, "needle passkey", 4, FEW),
+    Run("gemma3-270m", 16384, "needle", 4, FEW),
+    Run("smollm2", 2048, EASY, 4, budgets=(*THIRTEENTH, OTHERS[0])),
+    Run("smollm2", 4096, EASY, 4, budgets=(*THIRTEENTH, *OTHERS)),
+    Run("smollm2", 8000, EASY, 4, budgets=(*THIRTEENTH, *OTHERS)),
 )
-"""The most telling first. 1/32 of 2,048 tokens would be less than sinks, recent tokens and two blocks."""
+"""Breadth first. 1/32 of 2,048 tokens would be less than sinks, recent tokens and two blocks."""
 
 
 def groups(plan: Plan) -> Iterator[list[Cell]]:
@@ -88,21 +87,22 @@ def measure(run: Run, file: RowsFile, until: float) -> bool:
     plan, grid = run.plan(), None
     for cells in groups(plan):
         for cell in cells:
-            rows = file.open()
-            full = [row for row in rows if _is_full(row, plan, cells[0])]
+            full = [row for row in file.rows if _is_full(row, plan, cells[0])]
             is_wanted = cell.variant.label == FULL or (full and can(full[-1]))
-            if not is_wanted or cell not in left_over(plan, rows):
+            if not is_wanted or cell not in left_over(plan, file.rows):
                 continue
             if time.monotonic() > until:
                 return False
             if grid is None:
-                grid = Grid(plan, file, *load_model(plan.model), Readings(READINGS))
+                grid = Grid(plan, *load_model(plan.model), Readings(READINGS))
             start = time.monotonic()
-            why = attempt(grid, cell)
-            seconds = time.monotonic() - start
-            what = f"{plan.model} {run.length} {cell.task.word} {cell.variant.label} {cell.budget:.3f}"
-            print(f"{what}: {why or f'{seconds:.0f} s'}", file=sys.stderr, flush=True)
+            run_cells(grid, file, [cell], lambda one, why: _tell(run, one, why or f"{time.monotonic() - start:.0f} s"))  # noqa: B023
     return True
+
+
+def _tell(run: Run, cell: Cell, what: str) -> None:
+    label = f"{cell.task.word} {cell.variant.label} {cell.budget:.3f}"
+    print(f"{run.model} {run.length} {label}: {what}", file=sys.stderr, flush=True)
 
 
 def _is_full(row: Row, plan: Plan, cell: Cell) -> bool:
@@ -120,7 +120,8 @@ def main(arguments: list[str]) -> int:
     until = time.monotonic() + 60 * chosen.minutes
     file = RowsFile(chosen.out)
     runs = [run for run in RUNS if chosen.model in (None, run.model)]
-    return 0 if all(measure(run, file, until) for run in runs) else 1
+    with file.claimed():
+        return 0 if all(measure(run, file, until) for run in runs) else 1
 
 
 if __name__ == "__main__":

@@ -41,13 +41,14 @@ def check_config(source: str) -> None:
         values = read_json(place, "the config of a model", UnsupportedModelError)
         if not isinstance(values, dict):
             raise UnsupportedModelError(f"got {place} with {checks.shown(values)}, expected an object")
-        _check(values, place)
+        check_values(values, place)
 
 
-def _check(values: dict[str, Any], place: Path) -> None:
+def check_values(values: dict[str, Any], place: Path) -> None:
+    """Raise `UnsupportedModelError` unless every number of a config that was read from `place` can be acted on."""
     for name, value in values.items():
         if isinstance(value, dict):
-            _check(value, place)
+            check_values(value, place)
         elif name in BOUNDS and value is not None:
             for number in value if isinstance(value, list) else [value]:  # a list has one for each layer
                 try:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from attnpred.errors import StoreError, UnsupportedModelError, missing_extra
+from attnpred.hf.config_border import check_values
 from attnpred.hf.named_models import models_folder
 from attnpred.hf.once import once, say
 
@@ -111,6 +112,7 @@ def config_of(path: Path) -> PreTrainedConfig:
     with _readable(path):
         found = AutoConfig.from_pretrained(**gguf_arguments(path))
         found.dtype = _dtype(path)
+    check_values(found.to_dict(), path)
     return found
 
 

@@ -11,7 +11,7 @@ from attnpred.hf import named_models
 from attnpred.hf.config_border import check_config
 from attnpred.hf.dtype import Chosen, choose_dtype, stored_dtype
 from attnpred.hf.fetch import fetch_model
-from attnpred.hf.gguf_file import converted, is_gguf
+from attnpred.hf.gguf_file import config_of, converted, is_gguf
 from attnpred.hf.named_models import DEMO_MODEL
 
 
@@ -50,7 +50,11 @@ def load_config(
     model: str, *, device: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedConfig, Chosen]:
     """Return (config, dtype and why) of what `load_model` with the same arguments would load, without its weights."""
-    return _config(model, source_of(model), device or _usual_device(), dtype)
+    where = device or _usual_device()
+    if is_gguf(model):
+        config = config_of(Path(model).expanduser())
+        return config, choose_dtype(config, where, dtype)
+    return _config(model, source_of(model), where, dtype)
 
 
 def _config(model: str, source: str, device: str, dtype: str | torch.dtype) -> tuple[PreTrainedConfig, Chosen]:

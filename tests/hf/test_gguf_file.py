@@ -53,7 +53,8 @@ def test_blocks_are_unpacked_and_rounded_to_bf16(kind: gguf.GGMLQuantizationType
 )
 def test_the_config_can_be_had_without_converting(kind: Any, dtype: str, tmp_path: Path, own_cache: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", kind)
-    found = config_of(tmp_path / "tiny.gguf")
+    found, chosen = load_config(str(tmp_path / "tiny.gguf"), dtype="float16")
+    assert chosen.dtype == torch.float16
     assert found.hidden_size == 32 and found.dtype == getattr(torch, dtype)
     assert not own_cache.exists()
     converted(tmp_path / "tiny.gguf")

@@ -36,7 +36,7 @@ SHARE = "layer_groups=F"
 
 def variants(groups: Path) -> list[tuple[str, str, CacheConfig]]:
     """Return label, policy and settings of each row; F stands for the file of groups."""
-    plain = CacheConfig(budget=1.0, num_sink_tokens=SINKS, recent_window=RECENT, dense_layers=0)
+    plain = CacheConfig(budget=1.0, num_sink_tokens=SINKS, recent_window=RECENT)
     shared = replace(plain, layer_groups=str(groups), own_sinks=SINKS, own_recent=RECENT)
     found = [
         ("full", "full", plain),

@@ -195,7 +195,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 def made_by(model: PreTrainedModel) -> dict[str, Any]:
     """Return what keys and values depend on beside the tokens, as far as a header tells it."""
-    return _identity(model.config) | {"dtype": name_of(attending_dtype(model.device, model.dtype))}
+    dtype = name_of(attending_dtype(model.device, model.dtype))
+    return _identity(model.config) | {"dtype": dtype, "weights": hash_samples(model)}
 
 
 def _identity(config: PreTrainedConfig) -> dict[str, Any]:

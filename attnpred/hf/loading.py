@@ -61,6 +61,7 @@ def load(
     return _begin(file, header, model, prefix, chosen, settings)
 
 
+@in_ordinary_mode
 def load_keys(
     path: str | Path, model: PreTrainedModel, prefix: Tensor, policy: Policy[Any], settings: CacheConfig
 ) -> TieredCache:

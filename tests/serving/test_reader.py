@@ -1,5 +1,6 @@
 """A text that is kept is as good as one that was just read in one call, for every policy; what is damaged is read again."""
 
+import copy
 import logging
 import stat
 from dataclasses import replace
@@ -101,6 +102,18 @@ def test_another_text_or_block_size_has_a_file_of_its_own(tmp_path: Path) -> Non
         for ids, settings in others:
             some.read(ids, made("ema"), settings)
         assert done.count(0) == len(others) == len(list(tmp_path.glob("*.kv")))
+
+
+def test_other_weights_have_a_file_of_their_own(tmp_path: Path) -> None:
+    """Also where name and config are the same: each text is then read once for each, and not again and again."""
+    retrained = copy.deepcopy(tiny_model("llama"))
+    with torch.no_grad():
+        retrained.get_input_embeddings().weight.mul_(1.1)
+    for _ in range(2):
+        for model in (tiny_model("llama"), retrained):
+            with attnpred.attach(model, policy="full", config=SMALL):
+                Reader(model, KeptTexts(tmp_path), chunk=32, short=50).read(IDS, made("ema"), SMALL)
+    assert len(list(tmp_path.glob("*.kv"))) == 2
 
 
 def test_files_are_for_the_user_alone(tmp_path: Path) -> None:

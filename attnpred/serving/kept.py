@@ -11,6 +11,7 @@ what the text says.
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ from attnpred.store.estimate import free_disk_bytes, readable
 
 LIMIT = 8 << 30
 """Bytes: about 25 texts of 7,000 tokens for SmolLM2 in 32 bits."""
+
+
+_NAME = re.compile(r"[0-9a-f]{64}\.kv")
+"""Of `KeptTexts.path`: whatever else lies in the folder is somebody's, and is neither counted nor removed."""
 
 
 @final
@@ -93,7 +98,7 @@ class KeptTexts:
 
 def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:
     found = []
-    for path in folder.glob("*.kv"):
+    for path in filter(lambda path: _NAME.fullmatch(path.name), folder.iterdir()):
         with contextlib.suppress(OSError):  # another process has removed it
             found.append((path, path.stat()))
     return found

@@ -2,7 +2,7 @@
 
 Room is reserved as it is allocated, so a disk that is full says so then and not in the middle of a write. Stretches that
 were given back serve again for the same size, which is the common case; all at once, they give the file's room back.
-A limit is one for the size of the file.
+A limit is one for the size of the file, but for the mark that it begins with.
 
 Nothing waits for the device (`fsync`) but `drop_page_cache`: the file does not outlive the process, so the kernel may
 keep what it can in memory. A device that fails is met by a read, or by who checks what it read.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attnpred.errors import StoreError, TierFullError
 from attnpred.store.positioned import read_fully, read_many
-from attnpred.store.scratch import IS_SUPPORTED, Scratch, absolute
+from attnpred.store.scratch import BEGIN, IS_SUPPORTED, Scratch, absolute
 from attnpred.store.tier import Tier
 
 BYTES_PER_CALL = 1 << 30
@@ -68,7 +68,7 @@ class DiskTier(Tier):
         self._limit = limit
         self._lock = Lock()
         self._free: dict[int, list[int]] = {}
-        self._end = self._used = 0
+        self._end, self._used = BEGIN, 0
         self._finalizer = weakref.finalize(self, self._scratch.close)
 
     @property
@@ -85,9 +85,10 @@ class DiskTier(Tier):
     def _append(self, size: int) -> int:
         end = self._end
         name = self.describe()
-        if self._limit is not None and end + size > self._limit:
+        taken = end - BEGIN
+        if self._limit is not None and taken + size > self._limit:
             raise TierFullError(
-                f"got {size} bytes for {name} with {end} of {self._limit} taken, expected room for them: raise its limit"
+                f"got {size} bytes for {name} with {taken} of {self._limit} taken, expected room for them: raise its limit"
             )
         try:
             self._scratch.open()
@@ -97,7 +98,7 @@ class DiskTier(Tier):
         except OSError as error:
             kind = TierFullError if error.errno in FULL else StoreError
             raise kind(
-                f"got {error.strerror!r} for {size} bytes more than {end} in {name}, expected room in a folder that can "
+                f"got {error.strerror!r} for {size} bytes more than {taken} in {name}, expected room in a folder that can "
                 f"be written and locked: free some, or name another folder"
             ) from error
         self._end += size
@@ -110,9 +111,9 @@ class DiskTier(Tier):
             self._free.setdefault(size, []).append(place)
             if not self._used:
                 self._free.clear()
-                self._end = 0
+                self._end = BEGIN
                 with contextlib.suppress(OSError):  # kept, then, and used again
-                    os.ftruncate(fd.number, 0)
+                    os.ftruncate(fd.number, BEGIN)
 
     def write(self, place: int, data: memoryview) -> None:
         fd, done = self._scratch.fd, 0
@@ -153,4 +154,4 @@ class DiskTier(Tier):
         self._finalizer()
         with self._lock:
             self._free.clear()
-            self._end = self._used = 0
+            self._end, self._used = BEGIN, 0

@@ -4,17 +4,19 @@ Names are `attnpred-<pid>-<random>.kv`, in a folder of mode 0700 that is the use
 its lock (`flock`, which the kernel drops with the process, however that ends): whoever makes a file first removes those
 in the folder whose lock can be had. A process that was forked meanwhile holds the lock too, until it ends.
 
-Between the making of a file and its locking, another process may take it for a dead one's. So the lock is taken without
-waiting, and the file counts only if it still has its name afterwards; else there is another try under another name.
+The folder may have other files, saved caches for example, and those are never removed: a scratch file has a name of exactly
+that form, and begins with a mark. The mark is written when the lock is held; before, nobody removes the file.
 """
 
 import contextlib
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import final
 
 from attnpred.errors import StoreError, forked_cache
+from attnpred.files import put
 from attnpred.folders import make_private, user_cache
 
 try:
@@ -25,8 +27,10 @@ except ImportError:  # Windows
 IS_SUPPORTED = fcntl is not None and hasattr(os, "preadv")
 """Whether this platform has what a file tier needs."""
 
-TRIES = 16
-"""A cleaner has to hit the same few microseconds this many times in a row."""
+NAME = re.compile(r"attnpred-[0-9]+-[0-9a-f]{16}\.kv")
+MARK = b"attnpred scratch file: removed when nobody holds its lock\n"
+BEGIN = 4096
+"""Where the places of a file begin, after the mark: aligned, as a saved cache is."""
 
 
 def absolute(folder: Path | None) -> Path:
@@ -44,33 +48,31 @@ def absolute(folder: Path | None) -> Path:
 
 def clean(folder: Path) -> None:
     """Remove the scratch files of dead processes from `folder`."""
-    for path in folder.glob("attnpred-*.kv"):
-        # Held by a living process, gone meanwhile, or another user's: not ours to remove.
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            finally:
-                os.close(fd)
+    for path in folder.iterdir():
+        if NAME.fullmatch(path.name):
+            # Held by a living process, gone meanwhile, or another user's: not ours to remove.
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.pread(fd, len(MARK), 0) == MARK:
+                        path.unlink()
+                finally:
+                    os.close(fd)
 
 
 def make(folder: Path) -> tuple[Path, int]:
-    """Return the path and the descriptor of a new file in `folder`, locked. Raises `OSError`."""
-    for _ in range(TRIES):
-        path = folder / f"attnpred-{os.getpid()}-{secrets.token_hex(8)}.kv"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.stat()
-            return path, fd
-        except (BlockingIOError, FileNotFoundError):  # a cleaner has it, or had it
-            os.close(fd)
-        except BaseException:  # no locks in this file system, or an interrupt
-            os.close(fd)
-            path.unlink(missing_ok=True)
-            raise
-    raise FileNotFoundError(None, "a file that vanished as soon as it was made", str(folder))
+    """Return the path and the descriptor of a new file in `folder`, locked and marked. Raises `OSError`."""
+    path = folder / f"attnpred-{os.getpid()}-{secrets.token_hex(8)}.kv"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)  # a cleaner that looks at it for a moment leaves it, for it has no mark
+        put(fd, MARK)
+    except BaseException:  # no locks in this file system, no room, or an interrupt
+        os.close(fd)
+        path.unlink(missing_ok=True)
+        raise
+    return path, fd
 
 
 @final

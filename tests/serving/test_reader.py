@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -149,13 +150,16 @@ def test_what_was_used_longest_ago_goes(tmp_path: Path) -> None:
         some, _ = reader(tmp_path)
         some.read(texts[0], made("full"), SMALL)
         size = next(tmp_path.glob("*.kv")).stat().st_size
+        stranger = tmp_path / "book.kv"  # saved there by hand: neither counted nor removed
+        stranger.write_bytes(bytes(4 * size))
+        os.utime(stranger, (0, 0))
         some, done = reader(tmp_path, limit=3 * size + 100)
         for used in (1, 2, 0, 3):  # the first one is used again before the last one comes
             some.read(texts[used], made("full"), SMALL)
         done.clear()
         for used in (0, 2, 3):
             some.read(texts[used], made("full"), SMALL)
-        assert not done and len(list(tmp_path.glob("*.kv"))) == 3
+        assert not done and len(list(tmp_path.glob("*.kv"))) == 3 + stranger.exists() == 4
         some.read(texts[1], made("full"), SMALL)
         assert done
 

@@ -19,6 +19,7 @@ import torch
 from attnpred.errors import StoreError, TierFullError
 from attnpred.store import disk, scratch
 from attnpred.store.disk import DiskTier
+from attnpred.store.scratch import BEGIN
 
 DATA = bytes(range(256)) * 40
 
@@ -101,7 +102,7 @@ def test_is_made_late_and_private(tmp_path: Path) -> None:
     assert re.fullmatch(rf"attnpred-{os.getpid()}-[0-9a-f]{{16}}\.kv", tier.path.name)
     assert tier.describe() == str(tier.path)
     assert [mode(path) for path in (tier.path, folder, folder.parent)] == [0o600, 0o700, 0o700]
-    assert tier.path.stat().st_size == 1000
+    assert tier.path.stat().st_size == BEGIN + 1000
     tier.close()
 
 
@@ -154,15 +155,15 @@ def test_grows_only_for_what_does_not_fit(tmp_path: Path) -> None:
     first, second = tier.allocate(1000), tier.allocate(1000)
     assert tier.path is not None
     tier.release(first, 1000)
-    assert tier.allocate(1000) == first and tier.path.stat().st_size == 2000
+    assert tier.allocate(1000) == first and tier.path.stat().st_size == BEGIN + 2000
     third = tier.allocate(10)
-    assert tier.path.stat().st_size == 2010
+    assert tier.path.stat().st_size == BEGIN + 2010
     for place, size in (first, 1000), (third, 10), (second, 1000):
         tier.release(place, size)
-    assert tier.path.stat().st_size == 0 and tier.used() == {"disk": 0}
+    assert tier.path.stat().st_size == BEGIN and tier.used() == {"disk": 0}
     again = tier.allocate(10)
     tier.write(again, memoryview(b"0123456789"))
-    assert again == 0 and read(tier, again, 10) == b"0123456789"
+    assert again == BEGIN and read(tier, again, 10) == b"0123456789"
     tier.close()
 
 
@@ -248,7 +249,7 @@ def test_files_of_the_living_stay_and_those_of_the_dead_go(tmp_path: Path) -> No
     process, theirs = holder(tmp_path)
     try:
         filled(tmp_path)[0].close()
-        assert theirs.exists() and theirs.read_bytes() == DATA
+        assert theirs.exists() and theirs.read_bytes()[BEGIN:] == DATA
     finally:
         os.kill(process, signal.SIGKILL)
     assert end_of(process) == -signal.SIGKILL and theirs.exists()
@@ -259,34 +260,54 @@ def test_files_of_the_living_stay_and_those_of_the_dead_go(tmp_path: Path) -> No
     mine.close()
 
 
-@pytest.mark.parametrize("when", ["has", "had"])
-def test_cleaned_before_it_is_locked(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cleaner that has, or had, the lock of the fresh file when we want it."""
-    flock = scratch.fcntl.flock
-    lost: list[Path] = []
+def test_only_scratch_files_are_ever_removed(tmp_path: Path) -> None:
+    """The exact form of the name, and the mark: nobody holds the lock of any of these."""
+    (tmp_path / "elsewhere").mkdir()
+    exact, second = "attnpred-1-0123456789abcdef.kv", "attnpred-2-0123456789abcdef.kv"
+    (tmp_path / "elsewhere" / "target").write_bytes(scratch.MARK)
+    (tmp_path / "attnpred-3-0123456789abcdef.kv").symlink_to("elsewhere/target")
+    os.mkfifo(tmp_path / "attnpred-4-0123456789abcdef.kv")
+    (tmp_path / "attnpred-5-0123456789abcdef.kv").mkdir()
+    (tmp_path / "attnpred-6-0123456789abcdef.kv").touch()
+    names = (
+        "attnpred-book.kv",
+        f"{exact}.kv",
+        f"x{exact}",
+        exact.upper(),
+        "attnpred-1-0123456789abcde.kv",
+        "attnpred--1.kv",
+    )
+    for name in names:
+        (tmp_path / name).write_bytes(scratch.MARK)
+    (tmp_path / second).write_bytes(b"a saved cache" * 10)
+    (tmp_path / exact).write_bytes(scratch.MARK + bytes(100))
+    before = {path.name for path in tmp_path.iterdir()}
+    filled(tmp_path)[0].close()
+    assert {path.name for path in tmp_path.iterdir()} == before - {exact}
+    assert (tmp_path / "elsewhere" / "target").exists()
+
+
+def test_cleaned_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cleaner that comes between the making of a file and its lock leaves it."""
+    flock, seen = scratch.fcntl.flock, list[Path]()
 
     def raced(fd: int, how: int) -> None:
-        if not lost:
-            lost.extend(tmp_path.iterdir())
-            if when == "has":
-                raise BlockingIOError(errno.EAGAIN, "taken")
+        if not seen:
+            seen.extend(tmp_path.iterdir())
             scratch.clean(tmp_path)
-            assert not lost[0].exists()
         flock(fd, how)
 
     monkeypatch.setattr(scratch.fcntl, "flock", raced)
     tier, place = filled(tmp_path)
-    assert tier.path is not None and tier.path.exists() and tier.path not in lost
-    monkeypatch.undo()
-    scratch.clean(tmp_path)
-    assert list(tmp_path.iterdir()) == [tier.path] and read(tier, place) == DATA
+    assert seen == [tier.path] == list(tmp_path.iterdir()) and read(tier, place) == DATA
     tier.close()
 
 
-def test_always_cleaned_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch.fcntl, "flock", lambda fd, how: [path.unlink() for path in tmp_path.iterdir()])
-    with pytest.raises(StoreError, match="vanished"):
+def test_no_room_for_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "write", failing(errno.ENOSPC))
+    with pytest.raises(TierFullError, match="No space left"):
         DiskTier(tmp_path).allocate(1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_many_processes_make_and_clean_at_once(tmp_path: Path) -> None:
@@ -307,7 +328,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert descriptors() == before + 3
         tiers[0].close()
         del tiers
-        test_always_cleaned_before_it_is_locked(tmp_path, monkeypatch)
+        test_no_room_for_the_mark(tmp_path, monkeypatch)
         monkeypatch.undo()
         test_folder_that_cannot_be_locked(errno.ENOLCK, tmp_path, monkeypatch)
         monkeypatch.undo()
@@ -343,7 +364,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "FALLOCATE", fallocate)
     with pytest.raises(TierFullError, match=f"No space left.*5000 bytes.*{re.escape(str(tier.path))}"):
         tier.allocate(5000)
-    assert tier.path.stat().st_size == len(DATA) and tier.used() == {"disk": len(DATA)}
+    assert tier.path.stat().st_size == BEGIN + len(DATA) and tier.used() == {"disk": len(DATA)}
     monkeypatch.undo()
     assert read(tier, tier.allocate(10), 10) == bytes(10) and read(tier, place) == DATA
     tier.close()
@@ -377,7 +398,7 @@ def test_room_that_cannot_be_reserved(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_truncated(tmp_path: Path) -> None:
     tier, place = filled(tmp_path)
     assert tier.path is not None
-    os.truncate(tier.path, 100)
+    os.truncate(tier.path, place + 100)
     assert read(tier, place, 100) == DATA[:100]
     for buffers in (101,), (50, 60), (100, 1):
         with pytest.raises(StoreError, match=re.escape(str(tier.path))):

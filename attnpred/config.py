@@ -20,7 +20,7 @@ from attnpred.errors import ConfigError
 OFFLOADS = (None, "cpu", "disk")
 OFFLOAD_DTYPES = (None, "int8", "fp8")
 MOST_WEIGHT = 1_000_000
-"""Of a layer's or a head's budget."""
+"""Of a layer's or a head's budget, and for staying where it was (hysteresis)."""
 LONGEST_WAIT = 1_000_000
 """Seconds for a block."""
 
@@ -188,8 +188,10 @@ class CacheConfig:
         late, stays = self.late_share, self.hysteresis
         if late is not None and (not checks.is_finite(late) or not 0 <= late <= 1):
             raise ConfigError(f"got late_share={checks.shown(late)}, expected a share from 0 to 1, or None")
-        if not checks.is_finite(stays) or stays < 0:
-            raise ConfigError(f"got hysteresis={checks.shown(stays)}, expected a number of at least 0")
+        if not checks.is_finite(stays) or not 0 <= stays <= MOST_WEIGHT:
+            raise ConfigError(
+                f"got hysteresis={checks.shown(stays)}, expected a number of at least 0, up to {MOST_WEIGHT:,}"
+            )
 
         self._check_offload()
         self._check_sharing()

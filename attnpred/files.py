@@ -71,9 +71,11 @@ def try_out(path: Path) -> None:
     To be asked before work that would be lost. An empty file is made and removed again.
     """
     found = target(path)
-    while not found.parent.exists() and found.parent != found:
-        found = found.parent
     try:
+        with suppress(FileNotFoundError):
+            found.lstat()  # a name that is too long, or below a file
+        while not os.path.lexists(found.parent):
+            found = found.parent
         temporary, fd = _make(found, PRIVATE)
         temporary.unlink()
         os.close(fd)

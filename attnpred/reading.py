@@ -48,12 +48,23 @@ def read_bytes(path: Path, expected: str, most: int, error: type[AttnpredError] 
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise error(f"got {path}, which is no regular file, expected {expected}")
-            data = file.read(most + 1)
+            data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
     except OSError as failure:
         raise error(f"got {path} ({failure.strerror}), expected {expected}") from None
-    if len(data) > most:
+    if data is None or len(data) > most:
         raise error(f"got {path} of more than {most:,} bytes, expected {expected} that is smaller")
     return data
+
+
+def require_regular(path: Path, expected: str, error: type[AttnpredError] = ConfigError) -> None:
+    """Raise `error` unless `path` is a regular file: for libraries that open it themselves, and would wait for a pipe."""
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return
+        why = "no regular file"
+    except OSError as failure:
+        why = str(failure.strerror)
+    raise error(f"got {path} ({why}), expected {expected}")
 
 
 def _without_waiting(name: str, flags: int) -> int:

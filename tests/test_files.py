@@ -122,7 +122,10 @@ def test_a_file_can_be_tried_out_before_the_work(tmp_path: Path) -> None:
     for name in ("file", "new", "a/folder/that/is/not/there"):
         try_out(tmp_path / name)
     assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "old"
+    (tmp_path / "loop").symlink_to("loop")
     for name, why in {
+        "loop/below": "Too many levels of symbolic links",
+        "n" * 300: "File name too long",
         "file/below": "Not a directory",
         ".": "which is a folder",
         "file/below/it": "Not a directory",

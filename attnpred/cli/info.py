@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from attnpred import checks
 from attnpred.cli import policy_table
 from attnpred.cli.options import DtypeOption, cache_options, option_name
 from attnpred.config import CacheConfig
@@ -91,6 +92,9 @@ def measure(
     from attnpred.hf.load import load_config
     from attnpred.hf.sizes import estimate_for
 
+    for name, value in (("context", context), ("batch", batch)):
+        if value is not None:
+            checks.whole(name, value, 1, checks.TOKENS)
     config, chosen = load_config(model, dtype=dtype)
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     tokens = context or longest or DEFAULT_CONTEXT

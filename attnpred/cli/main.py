@@ -49,6 +49,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 PASSES_ON = {name: {"allow_extra_args": True, "ignore_unknown_options": True} for name in ("bench", "lm-eval")}
 """Commands that hand further options to somebody else."""
 
+LONGEST = 300
+"""Letters of a word of a complaint: what was given may be of any length."""
 USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 1
 
 
@@ -131,5 +133,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _complain(message: object) -> int:
-    print("attnpred:", " ".join(str(message).split()), file=sys.stderr)
+    words = (
+        word if len(word) <= LONGEST else f"{word[: LONGEST // 2]}...{word[-20:]}" for word in str(message).split()
+    )
+    print("attnpred:", " ".join(words), file=sys.stderr)
     return USER_ERROR

@@ -33,6 +33,7 @@ def train(
     import json
 
     from attnpred.errors import ConfigError
+    from attnpred.files import try_out
     from attnpred.predictor.seer_training import SeerConfig, train_seer
     from attnpred.predictor.streaming_training import StreamingConfig, train_streaming
     from attnpred.predictor.traces import TraceReader
@@ -41,14 +42,16 @@ def train(
     if predictor not in ("streaming", "general", "cnn", "seer-gate"):
         raise ConfigError(f"got --predictor {predictor!r}, expected streaming, general, cnn or seer-gate")
     block_size = TraceReader(traces).meta.block_size
+    try_out(out / "config.json")
     for name, tokens in (("--sink-tokens", sink_tokens), ("--recent-tokens", recent_tokens)):
         if tokens % block_size:
             raise ConfigError(f"got {name} {tokens}, expected a multiple of the traces' block size {block_size}")
     sinks, recent = sink_tokens // block_size, recent_tokens // block_size
+    # all settings are checked, also those that another predictor has no use for
+    config = TrainConfig(
+        steps=steps or 1500, batch=batch, lr=lr, history=history, seed=seed, sink_blocks=sinks, recent_blocks=recent
+    )
     if predictor == "cnn":
-        config = TrainConfig(
-            steps=steps or 1500, batch=batch, lr=lr, history=history, seed=seed, sink_blocks=sinks, recent_blocks=recent
-        )
         result = train_predictor(traces, out, config, device=device)
         if as_json:
             print(json.dumps({**dataclasses.asdict(result), "out": str(out)}))

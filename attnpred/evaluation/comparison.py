@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnpred import hf
+from attnpred import checks, hf
 from attnpred.capture import attention_trace
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
@@ -34,6 +34,16 @@ class Plan:
     facts: int = 4
     steps: int = 256
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        checks.seed(self.seed)
+        for name, most in (
+            ("context", checks.TOKENS),
+            ("documents", 10_000),
+            ("facts", 10_000),
+            ("steps", checks.TOKENS),
+        ):
+            checks.whole(name, getattr(self, name), 1, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +212,7 @@ def demo_settings(
     A dense layer reads all of its KV; a calibration row reads all keys, half of a layer's KV, every `calibration_interval`
     steps; `digests` is the share of a sparse layer's KV that its digests take, which are read in every step.
     """
-    if not compression > 1:
+    if not checks.is_finite(compression) or compression <= 1:
         raise ConfigError(f"got compression={compression}, expected more than 1")
     dense, interval = sum(map(config.is_dense_layer, range(layers))) / layers, config.calibration_interval
     calibration = 0.5 / interval if interval else 0

@@ -31,17 +31,19 @@ BOUNDS: dict[str, tuple[int, int]] = {
 def check_config(source: str) -> None:
     """Raise `UnsupportedModelError` unless the config of `source`, a folder or Hub id, is one that can be acted on.
 
-    What has no config, or cannot be reached, is left to transformers, which says so.
+    What has no config is left to transformers. Raises `OSError` where the Hub cannot be reached.
     """
-    try:
-        place = Path(source, CONFIG) if Path(source).is_dir() else Path(str(cached_file(source, CONFIG)))
-    except (OSError, ValueError):
+    found = (
+        Path(source, CONFIG)
+        if Path(source).is_dir()
+        else cached_file(source, CONFIG, _raise_exceptions_for_missing_entries=False)
+    )
+    if found is None or not (place := Path(found)).exists():
         return
-    if place.exists():
-        values = read_json(place, "the config of a model", UnsupportedModelError)
-        if not isinstance(values, dict):
-            raise UnsupportedModelError(f"got {place} with {checks.shown(values)}, expected an object")
-        check_values(values, place)
+    values = read_json(place, "the config of a model", UnsupportedModelError)
+    if not isinstance(values, dict):
+        raise UnsupportedModelError(f"got {place} with {checks.shown(values)}, expected an object")
+    check_values(values, place)
 
 
 def check_values(values: dict[str, Any], place: Path) -> None:

@@ -58,8 +58,8 @@ def load_config(
 
 
 def _config(model: str, source: str, device: str, dtype: str | torch.dtype) -> tuple[PreTrainedConfig, Chosen]:
-    check_config(source)
     try:
+        check_config(source)
         config: PreTrainedConfig = AutoConfig.from_pretrained(source)
         text: Any = config.get_text_config(decoder=True)
         stored: Any = stored_dtype(config)

@@ -124,9 +124,9 @@ class Predictor(nn.Module):
             raise PredictorError(
                 f"got a damaged {files[WEIGHTS]} ({error}), expected a safetensors file: copy or train it again"
             ) from None
-        _check(config, tensors, str(files[WEIGHTS]))  # before memory is taken for what a config may claim
+        _check_size(config, tensors, str(files[WEIGHTS]))
         predictor = cls(config)
-        predictor.network.load_state_dict(tensors)
+        predictor._fill(tensors, str(files[WEIGHTS]))
         return predictor
 
     @classmethod
@@ -150,8 +150,7 @@ class Predictor(nn.Module):
         ):
             raise PredictorError(f"got {str(path)!r} with something else than named tensors, expected a state dict")
         predictor = cls(config)
-        _check(predictor.config, loaded, str(path))
-        predictor.network.load_state_dict(loaded)
+        predictor._fill(loaded, str(path))
         return predictor
 
     def push_to_hub(self, repo_id: str, private: bool = False, card: str | None = None) -> str:
@@ -171,27 +170,40 @@ class Predictor(nn.Module):
                 ) from error
         return str(url)
 
+    def _fill(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Copy `tensors` into the network, or say which are missing, unexpected, of another shape or not numbers."""
+        wanted = self.network.state_dict()
+        wrong = [f"missing {name}" for name in wanted if name not in tensors]
+        wrong += [f"unexpected {name[:60]}" for name in tensors if name not in wanted]
+        for name in set(wanted) & set(tensors):
+            tensor = tensors[name]
+            if tensor.shape != wanted[name].shape:
+                wrong.append(f"{name} of shape {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}")
+            elif tensor.dtype not in FLOATS or not bool(tensor.isfinite().all()):
+                wrong.append(f"{name} with values that are not finite floats")
+            elif (most := float(tensor.abs().max())) > LARGEST:
+                wrong.append(f"{name} with values up to {most:.3g}, beyond {LARGEST:g}")
+            elif name == "vectors" and not set(tensor.flatten().tolist()) <= _divisors(self.config.block_size):
+                wrong.append(f"{name} with others than the divisors of block_size={self.config.block_size}")
+        if wrong:
+            more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+            expected = f"the {len(wanted)} tensors of kind {self.config.kind!r}"
+            raise PredictorError(
+                f"got {source} with {', '.join(wrong[:SHOWN])}{more}, expected {expected}: train it again"
+            )
+        self.network.load_state_dict(tensors)
 
-def _check(config: PredictorConfig, tensors: dict[str, Tensor], source: str) -> None:
-    """Raise `PredictorError` unless `tensors` are those of a network of `config`; none is made for it."""
-    with torch.device("meta"):
-        wanted = NETWORKS[config.kind](config).state_dict()
-    wrong = [f"missing {name}" for name in wanted if name not in tensors]
-    wrong += [f"unexpected {name[:60]}" for name in tensors if name not in wanted]
-    for name in set(wanted) & set(tensors):
-        tensor = tensors[name]
-        if tensor.shape != wanted[name].shape:
-            wrong.append(f"{name} of shape {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}")
-        elif tensor.dtype not in FLOATS or not bool(tensor.isfinite().all()):
-            wrong.append(f"{name} with values that are not finite floats")
-        elif (most := float(tensor.abs().max())) > LARGEST:
-            wrong.append(f"{name} with values up to {most:.3g}, beyond {LARGEST:g}")
-        elif name == "vectors" and not set(tensor.flatten().tolist()) <= _divisors(config.block_size):
-            wrong.append(f"{name} with others than the divisors of block_size={config.block_size}")
-    if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        expected = f"the {len(wanted)} tensors of kind {config.kind!r}"
-        raise PredictorError(f"got {source} with {', '.join(wrong[:SHOWN])}{more}, expected {expected}: train it again")
+
+def _check_size(config: PredictorConfig, tensors: dict[str, Tensor], source: str) -> None:
+    """Raise `PredictorError` unless there are as many numbers as the config claims: before memory is taken for them."""
+    claimed = max(1, len(config.layer_ids)) * config.heads
+    if config.rank > 1 or config.kind == "seer-gate":
+        claimed *= config.group * config.head_dim * config.rank
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if held < claimed:
+        raise PredictorError(
+            f"got {source} with {held:,} numbers, expected at least the {claimed:,} of its config: train it again"
+        )
 
 
 def _divisors(size: int) -> set[int]:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from attnpred.errors import TraceError
-from attnpred.reading import read_json
+from attnpred.reading import read_json, require_regular
 
 META = "traces.json"
 FORMAT = 2
@@ -75,6 +75,7 @@ def read_meta(folder: Path) -> TraceMeta:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
+    require_regular(path, "safetensors: delete and capture it again", TraceError)
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -15,7 +15,7 @@ from attnpred.files import write_bytes, write_text
 from attnpred.predictor.predictor_config import WEIGHTS
 from attnpred.predictor.pretrained import Predictor
 from attnpred.predictor.windows import Window
-from attnpred.reading import JSON_BYTES, parse_json, read_text
+from attnpred.reading import JSON_BYTES, parse_json, read_text, require_regular
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "train_log.jsonl"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,6 +73,7 @@ class TrainingRun:
         path = self.folder / CHECKPOINT
         if not path.exists():
             return
+        require_regular(path, "a run to resume: delete it to begin again", PredictorError)
         try:
             with safe_open(path, framework="pt") as file:
                 facts = parse_json(file.metadata()["run"], path, "a run to resume")

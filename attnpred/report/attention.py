@@ -14,6 +14,7 @@ from torch.nn.functional import adaptive_max_pool2d
 
 from attnpred.errors import ConfigError
 from attnpred.files import write_bytes
+from attnpred.reading import require_regular
 from attnpred.report.attention_figure import _bright
 from attnpred.report.heat import image_chart
 from attnpred.report.svg import Picture
@@ -43,6 +44,7 @@ def save_attention(head: HeadAttention, path: Path) -> None:
 def load_attention(path: Path) -> HeadAttention:
     """Read a file. Raises `ConfigError`."""
     expected = "a safetensors file that `attnpred demo --attention` wrote"
+    require_regular(path, expected)
     try:
         with safe_open(path, framework="pt") as file:
             missing = [name for name in NAMES if name not in file.keys()]  # noqa: SIM118 (it is no dictionary)

@@ -133,8 +133,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _complain(message: object) -> int:
-    words = (
-        word if len(word) <= LONGEST else f"{word[: LONGEST // 2]}...{word[-20:]}" for word in str(message).split()
-    )
+    text = str(message).encode(errors="backslashreplace").decode()  # a name of other bytes
+    words = (word if len(word) <= LONGEST else f"{word[: LONGEST // 2]}...{word[-20:]}" for word in text.split())
     print("attnpred:", " ".join(words), file=sys.stderr)
     return USER_ERROR

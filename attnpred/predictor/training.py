@@ -66,7 +66,7 @@ class TrainConfig:
         for name in ("sink_blocks", "recent_blocks"):
             checks.whole(name, getattr(self, name))
         checks.seed(self.seed)
-        for name, largest in (("lr", 1), ("validation", 1), ("budget_fraction", 1)):
+        for name, largest in (("lr", float("inf")), ("validation", 1), ("budget_fraction", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < largest:
                 raise ConfigError(f"got {name}={value!r}, expected a number above 0 and below {largest}")

@@ -36,7 +36,7 @@ WRONG: dict[str, tuple[dict[str, Any] | str, str]] = {
     "a wrong type elsewhere": ({"rope_parameters": 3}, "Validation error for field 'rope_parameters'"),
     "a part that is none": ({"text_config": 3}, "its config has 3 inside"),
     "no kind of number": ({"dtype": 3}, "its config has 3 inside"),
-    "channels of no width": ({"hidden_size": 3}, "0 channels each, expected whole groups of at least one channel"),
+    "heads in no whole groups": ({"num_attention_heads": 3}, "got 3 heads, 2 kv heads and 85 channels each, expected whole groups"),
     "no object": ("[]", "with [], expected an object"),
     "nested": ("[" * 9999, "with more than 64 levels of JSON"),
     "nothing": ("", "that is not JSON"),

@@ -81,7 +81,8 @@ class Chooser:
     def begin(self, store: Store, queries: int, mask: Tensor | None) -> None:
         """A dense call of so many tokens: what was chosen before it counts no more."""
         if mask is not None:  # rows are padded on the left: remember in which block each begins
-            self.first_block = mask[:, -1].int().argmax(-1) // self.config.block_size
+            first = mask[:, -1].int().argmax(-1) // self.config.block_size
+            self.first_block = first.expand(store.batch)  # one mask may serve all rows, until beams make them differ
         self.pending = self.attended = None
         if self.policy.keeps_decoded and (queries > 1 or store.length == 1):  # a prompt, or a part of one
             self.settled = zone_at(self.config, store.length)

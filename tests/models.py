@@ -19,6 +19,13 @@ BASE = {
     "eos_token_id": 2,
 }
 MIXED = ["full_attention", "sliding_attention", "full_attention"]
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -43,6 +50,23 @@ FAMILIES: dict[str, dict[str, object]] = {
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "olmo2": {},
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
+    "stablelm": {},
+    "biogpt": {"num_key_value_heads": None, "head_dim": None},
+    "qwen3_next": LINEAR
+    | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    | {"shared_expert_intermediate_size": 16},
+    "qwen3_5_text": LINEAR,
+    "bamba": {
+        "attn_layer_indices": [1, 2],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1}
+    | {"mamba_d_state": 8, "mamba_dt_rank": 4},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8}
+    | {"ssm_state_size": 8, "n_groups": 1},
 }
 
 

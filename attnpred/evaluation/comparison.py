@@ -18,6 +18,7 @@ from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.evaluation import facts_task
 from attnpred.evaluation.continuation import Continuation, continue_text
+from attnpred.hf.sizes import layer_shapes
 from attnpred.policies.base import Policy, View
 from attnpred.policies.select import zone_at
 
@@ -188,20 +189,15 @@ def _busiest_head(true: Tensor, settings: CacheConfig) -> tuple[int, int]:
 
 def digest_share(model_config: Any, policy: Policy[Any], item_size: int, block_size: int) -> float:
     """Return the bytes of digests that a step of `policy` reads per byte of KV, whose numbers have `item_size` bytes."""
-    text = model_config.get_text_config(decoder=True)
-    heads, layers = text.num_key_value_heads, text.num_hidden_layers
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    read = 0
-    for layer in range(layers):
-        memory = policy.memory(CacheConfig(block_size=block_size), layer)
+    settings, kind = CacheConfig(block_size=block_size), {4: torch.float32, 2: torch.float16}[item_size]
+    read = held = 0
+    for layer in layer_shapes(model_config, settings, policy, kind, tokens=1):
+        memory = policy.memory(settings, layer.index)
         if memory.sealed >= 0:
-            memory.seal(
-                torch.zeros(
-                    1, heads, block_size, dim, dtype={4: torch.float32, 2: torch.float16}[item_size], device="cpu"
-                )
-            )
+            memory.seal(torch.zeros(1, layer.kv_heads, block_size, layer.key_dim, dtype=kind, device="cpu"))
             read += memory.look_bytes()
-    return read / (layers * heads * block_size * dim * 2 * item_size)
+        held += layer.kv_heads * block_size * (layer.key_dim + layer.value_dim) * item_size
+    return read / held
 
 
 def demo_settings(

@@ -26,7 +26,7 @@ from attnpred.hf.closed import ClosedLayer
 from attnpred.hf.layer import TieredLayer, holds_tokens
 from attnpred.hf.modes import in_ordinary_mode
 from attnpred.hf.sizes import estimate_for
-from attnpred.hf.support import is_served, refuse_unsupported
+from attnpred.hf.support import is_served, prefix_error, refuse_unsupported
 from attnpred.policies.base import Policy
 from attnpred.predictor.pretrained import Predictor
 from attnpred.store import estimate
@@ -239,6 +239,11 @@ class TieredCache(Cache):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def max_cache_len(self) -> NoReturn:
+        """Asked for by PEFT's prefix tuning alone, which then puts another cache in the place of this one."""
+        raise prefix_error("prefix tuning")
 
     @property
     def is_attached(self) -> bool:

@@ -79,11 +79,13 @@ def attend_near(settings: CacheConfig, policy: Policy[Any]) -> CacheConfig:
 def check_budgets(config: PreTrainedConfig, settings: CacheConfig) -> None:
     """Raise `ConfigError` if budgets of layers or heads are not as many as the model has."""
     text = config.get_text_config(decoder=True)
-    for name, given, has in (
-        ("layer_budgets", settings.layer_budgets, text.num_hidden_layers),
-        ("head_budgets", settings.head_budgets, getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+    heads = {getattr(one, "num_key_value_heads", None) or one.num_attention_heads for one in text.per_layer_config}
+    for name, given, counts in (
+        ("layer_budgets", settings.layer_budgets, {text.num_hidden_layers}),
+        ("head_budgets", settings.head_budgets, heads),  # layers may differ in heads (Gemma4)
     ):
-        if isinstance(given, tuple) and len(given) != has:
+        if isinstance(given, tuple) and counts != {len(given)}:
+            has = " or ".join(map(str, sorted(counts)))
             raise ConfigError(
                 f"got {len(given)} {name} for a model of {has}, expected one for each: give {has} numbers"
             )

@@ -15,12 +15,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from attnpred import telemetry
 from attnpred.config import CacheConfig
-from attnpred.errors import ConfigError, NotSparseError, UnsupportedModelError
+from attnpred.errors import ConfigError, NotSparseError
 from attnpred.hf.attention import attention, make_mask, model_noter, note_tokens
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.cache_argument import NAME, cache_argument, rename_cache, take_cache
 from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
-from attnpred.hf.support import is_served, refuse_unsupported
+from attnpred.hf.support import is_served, refuse_model, refuse_unsupported
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.policies.pod import Pod
@@ -199,14 +199,11 @@ def attach(
         raise ConfigError(
             f"got a {type(model).__name__} that is attached already, expected a free one: call detach() on the earlier handle"
         )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"got {type(model).__name__}, which does not let its attention be replaced, expected one that does: run it without attnpred"
-        )
+    refuse_unsupported(model.config)
+    refuse_model(model)
     if budget is not None:
         overrides["budget"] = budget
     settings = make_settings(config, overrides)
-    refuse_unsupported(model.config)
     check_budgets(model.config, settings)
     chosen = make_policy(policy, predictor, model.config, settings)
     settings = attend_near(settings, chosen)

@@ -20,11 +20,12 @@ from tests.models import FAMILIES, prompt, tiny_model
 NEW, STEPS = 24, 23  # the first token comes from the prompt's pass
 
 MIXED = dict.fromkeys(("gemma2", "gemma3_text", "gpt_oss", "cohere2"), (0, 2))
-FULL_LAYERS = dict.fromkeys(FAMILIES, (0, 1, 2)) | MIXED | {"mistral-sliding": (), "gemma4_text": (0, 3)}
+LATE = dict.fromkeys(("qwen3_next", "qwen3_5_text", "bamba", "nemotron_h"), (1, 2)) | {"jamba": (1,)}
+FULL_LAYERS = dict.fromkeys(FAMILIES, (0, 1, 2)) | MIXED | LATE | {"mistral-sliding": (), "gemma4_text": (0, 3)}
 """The full-attention layers of each tiny model; layer 3 of gemma4 reads the keys and values that layer 0 stores."""
 
 WITH_FULL_LAYERS = [family for family in FAMILIES if FULL_LAYERS[family]]
-KV_HEADS = {"gpt_neox": 4}
+KV_HEADS = {"gpt_neox": 4, "biogpt": 4}
 HEAD_BYTES = 2 * 8 * 4  # keys and values of one token and head: 8 numbers of fp32 each
 
 

@@ -73,7 +73,9 @@ def alike(one: list[list[float]], other: list[list[float]], dtype: torch.dtype) 
     tolerance = max(LEAST_TOLERANCE, 2 * torch.finfo(dtype).eps)
     if [len(numbers) for numbers in one] != [len(numbers) for numbers in other]:
         return False
-    for a, b in zip(*([torch.tensor(x, device=HOST) for x in found] for found in (one, other)), strict=True):
+    for a, b in zip(
+        *([torch.tensor(x, device=HOST, dtype=torch.float32) for x in found] for found in (one, other)), strict=True
+    ):
         if not torch.allclose(a, b, rtol=0.0, atol=tolerance * float(a.abs().max()), equal_nan=True):
             return False
     return True

@@ -11,7 +11,7 @@ is measured on held-out documents, and the bytes are given, step by step, to the
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,8 +143,9 @@ def train_projection(
     steps: int,
     seed: str,
     lr: float = 2e-3,
+    done: Callable[[], object] = lambda: None,
 ) -> Projection:
-    """Return projections trained for `steps` steps of 24 queries each."""
+    """Return projections trained for `steps` steps of 24 queries each; `done` is told after each."""
     rng = random.Random(seed)
     projection = Projection(start, edges, vectors)
     optimizer = torch.optim.Adam(projection.parameters(), lr)
@@ -161,6 +162,7 @@ def train_projection(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        done()
     return projection
 
 

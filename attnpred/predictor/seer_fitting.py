@@ -9,7 +9,7 @@ Adam from random projections, scaled so that the first gate vectors have unit va
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,20 @@ def gate_loss(gate: GateMap, sample: GateSample, picks: Tensor, edges: Edges) ->
 
 
 def train_gate(
-    samples: Sequence[GateSample], edges: Edges, seed: str, *, rank: int, steps: int, queries: int, lr: float
+    samples: Sequence[GateSample],
+    edges: Edges,
+    seed: str,
+    *,
+    rank: int,
+    steps: int,
+    queries: int,
+    lr: float,
+    done: Callable[[], object] = lambda: None,
 ) -> tuple[GateMap, list[float]]:
-    """Return projections to `rank` numbers, and the mean loss of every `LOG_EVERY` steps of `queries` queries."""
+    """Return projections to `rank` numbers, and the mean loss of every `LOG_EVERY` steps of `queries` queries.
+
+    done: is told after each step.
+    """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(random.Random(f"{seed}/start").getrandbits(48))
     weights = [
         _start([getattr(sample, name) for sample in samples], rank, generator).requires_grad_()
@@ -68,6 +79,7 @@ def train_gate(
         optimizer.step()
         place = step // LOG_EVERY
         log[place] += float(loss.detach()) / min(LOG_EVERY, steps - place * LOG_EVERY)
+        done()
     return GateMap(*(weight.detach() for weight in weights)), log
 
 

@@ -84,7 +84,8 @@ def train_seer(
     log: list[list[float]] = []
     shares: list[Tensor] = []
     losses: list[float] = []
-    for layer in tqdm(range(meta.layers), "gates", disable=not progress):
+    bar = tqdm(total=meta.layers * config.steps, desc="gates", unit="step", disable=not progress)
+    for layer in range(meta.layers):
         samples = [_sample(reader, name, layer) for name in training]
         found, log_of_layer = train_gate(
             samples,
@@ -94,6 +95,7 @@ def train_seer(
             steps=config.steps,
             queries=config.queries,
             lr=config.lr,
+            done=bar.update,
         )
         log.append([round(loss, 4) for loss in log_of_layer])
         del samples
@@ -105,6 +107,7 @@ def train_seer(
             float(gate_loss(kept, sample, torch.arange(len(sample.positions), device="cpu"), edges))
             for sample in checks
         ]
+    bar.close()
     predictor = _predictor(meta, config, len(training), gates)
     got, best = torch.stack(shares).sum(0)
     result = SeerResult(

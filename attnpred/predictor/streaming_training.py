@@ -105,15 +105,19 @@ def train_streaming(
     if not config.shared:
         maps = [*_digest_maps(reader, training, held_out, edges, config, progress)]
     rng = random.Random(f"{config.seed}/documents")
-    loops = [_Loop(reader, name, maps, edges) for name in _some(rng, training, config.documents)]
-    checks = [_Loop(reader, name, maps, edges) for name in _some(rng, held_out, config.documents)]
+    chosen = [_some(rng, names, config.documents) for names in (training, held_out)]
+    bar = tqdm([name for names in chosen for name in names], "documents", disable=not progress)
+    ready = [_Loop(reader, name, maps, edges) for name in bar]
+    loops, checks = ready[: len(chosen[0])], ready[len(chosen[0]) :]
     predictor = _empty(meta, config, len(training), maps)
     network, rows = predictor.streaming, meta.layers * meta.heads
     results: dict[bool, dict[str, float]] = {}
     for correcting, table in ((False, network.forecast), (True, network.correction)):
         weights = table.detach().flatten(0, 1).clone()
-        for _ in tqdm(range(config.rounds), "correction" if correcting else "forecast", disable=not progress):
-            steps = [step for loop in loops for step in loop.steps(config, weights, correcting, every=8)]
+        for number in range(1, config.rounds + 1):
+            name = f"{'correction' if correcting else 'forecast'} {number} of {config.rounds}"
+            bar = tqdm(loops, name, unit="document", disable=not progress)
+            steps = [step for loop in bar for step in loop.steps(config, weights, correcting, every=8)]
             weights = fit(steps, weights, config.seed)
         if config.shared:
             weights = best_of([weights, *plain_mixtures()], loops, config, correcting)
@@ -241,14 +245,19 @@ def _digest_maps(
     counts = choices(meta.block_size)
     trained: list[list[Projection]] = []
     lost: list[Tensor] = []
-    for layer in tqdm(range(meta.layers), "digests", disable=not progress):
+    bar = tqdm(total=meta.layers * len(counts) * config.steps, desc="digests", unit="step", disable=not progress)
+    for layer in range(meta.layers):
         samples = [_sample(reader, name, layer) for name in training]
         checks = [_sample(reader, name, layer) for name in held_out]
         start = starting_map(samples, config.rank)
         trained.append(
-            [train_projection(start, samples, edges, n, config.steps, f"{config.seed}/{layer}/{n}") for n in counts]
+            [
+                train_projection(start, samples, edges, n, config.steps, f"{config.seed}/{layer}/{n}", done=bar.update)
+                for n in counts
+            ]
         )
         lost.append(torch.stack([lost_mass(p, checks, edges, 1 / 13, f"{config.seed}/{layer}") for p in trained[-1]]))
+    bar.close()
     kv_bytes = meta.block_size * meta.head_dim * 2 * 2
     per_head = config.state_share * kv_bytes - 4 * len(PEAKS)
     vectors = give_vectors(torch.cat(lost, 1), counts, per_head / (config.rank / 2) * meta.layers * meta.heads)

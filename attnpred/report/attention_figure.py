@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from attnpred.errors import missing_extra
+from attnpred.report.figure_file import save_figure
 
 
 def draw(true: Any, predicted: Any, selected: Any, title: str, path: Path) -> None:
@@ -29,7 +30,7 @@ def draw(true: Any, predicted: Any, selected: Any, title: str, path: Path) -> No
         axis.set_ylabel("block of the text")
     axes[-1].set_xlabel("decode step")
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, 110)
 
 
 def _bright(values: Any) -> float:

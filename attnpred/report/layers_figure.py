@@ -5,6 +5,7 @@ from typing import Any
 
 from attnpred.errors import ConfigError, missing_extra
 from attnpred.predictor.layer_groups import LayerGroups
+from attnpred.report.figure_file import save_figure
 
 COLUMNS = 4
 FORMATS = (".png", ".svg")
@@ -50,4 +51,4 @@ def draw(found: LayerGroups, path: Path) -> None:
         f"{found.base_model}: {found.dropped:.0%} of distant keys need not be kept at delta {found.delta:g}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, 110)

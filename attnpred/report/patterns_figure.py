@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnpred.errors import ShapeError, missing_extra
+from attnpred.report.figure_file import save_figure
 
 TOP = 8
 SINKS, RECENT = 1, 16  # blocks that are left out
@@ -122,7 +123,7 @@ def draw(chosen: Sequence[Chosen], path: Path, block_size: int = 16) -> None:
         "largest probability in each block, log scale; black: below the median, or under a thousandth of the brightest",
         fontsize=9,
     )
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, 100)
 
 
 def _measured(head: Chosen, rows: Tensor) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnpred.errors import ConfigError, missing_extra
+from attnpred.report.figure_file import save_figure
 
 Row = dict[str, Any]
 PAPER = "predicted:predictor=attention-predictor-cnn"
@@ -73,7 +74,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.legend(keys, families, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     first = rows[0]
     figure.suptitle(f"{first['length']:,} tokens of context, {first['n']} documents, {first['steps']} steps each")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, 100)
 
 
 def family_of(policy: str) -> str:

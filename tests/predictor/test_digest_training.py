@@ -91,6 +91,12 @@ def test_training_finds_what_the_start_cannot_know() -> None:
     assert (untrained > 0.03).all() and (lost >= -1e-6).all() and (lost < 0.6 * untrained).all()
 
 
+def test_the_caller_is_told_of_every_step() -> None:
+    documents, told = samples(3), []
+    train_projection(starting_map(documents, 4), documents, EDGES, 2, 5, "a", done=lambda: told.append(1))
+    assert len(told) == 5
+
+
 def test_the_seed_decides() -> None:
     documents = samples(3)
     start = starting_map(documents, 4)

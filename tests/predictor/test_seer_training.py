@@ -125,6 +125,13 @@ def test_what_is_measured_is_a_sort() -> None:
     assert measured(gate, shown, EDGES, (budget,))[:, 0].tolist() == pytest.approx(want, rel=1e-4)
 
 
+def test_the_caller_is_told_of_every_step() -> None:
+    told: list[int] = []
+    samples = [sample(1, random_gate(6, 0.4), 48)]
+    train_gate(samples, EDGES, "a", rank=4, steps=5, queries=4, lr=1e-2, done=lambda: told.append(1))
+    assert len(told) == 5
+
+
 def test_training_finds_a_gate_that_is_there() -> None:
     """Rows that a hidden gate made: another document of it is predicted after training, and was not before."""
     hidden = random_gate(6, 0.4)

@@ -204,3 +204,10 @@ def test_fitting_finds_the_feature_that_tells() -> None:
     assert loss(steps, found) < loss(steps, common) < loss(steps, start)
     assert torch.equal(found, fit(steps, start, seed=0, epochs=4, lr=5e-2))
     assert not torch.equal(found, fit(steps, start, seed=1, epochs=4, lr=5e-2))
+
+
+def test_every_part_of_the_work_shows_that_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_streaming(written(tmp_path / "traces"), tmp_path / "out", TINY)
+    said = capsys.readouterr().err
+    for part in ("digests", "documents", "forecast 1 of", "correction 1 of"):
+        assert f"{part}" in said and "100%|" in said.rpartition(part)[2]

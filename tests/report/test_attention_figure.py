@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnpred.errors import MissingExtraError
+from attnpred.errors import ConfigError, MissingExtraError, OutputError
 from attnpred.report.attention_figure import draw
 
 
@@ -15,6 +15,16 @@ def test_a_picture_is_written(tmp_path: Path) -> None:
     draw(values, values - 0.5, values > 0.5, "layer 1", tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     assert data[:4] == b"\x89PNG" and len(data) > 10_000
+
+
+def test_a_figure_replaces_nothing_but_a_file(tmp_path: Path) -> None:
+    values = torch.rand(3, 4)
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match="which is a device"):
+        draw(values, values, values > 0.5, "x", tmp_path / "full.png")
+    with pytest.raises(ConfigError, match=r"got .*a.txt2, expected a name that ends in .png"):
+        draw(values, values, values > 0.5, "x", tmp_path / "a.txt2")
+    assert {path.name for path in tmp_path.iterdir()} == {"full.png"}
 
 
 def test_all_zero_attention_is_drawn_too(tmp_path: Path) -> None:

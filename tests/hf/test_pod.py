@@ -497,7 +497,7 @@ def test_what_does_not_fit_together_is_refused(write: Callable[..., str], tmp_pa
     gated = {"distant_gate": 0.7, "own_recent": 64}
     refused("got distant_gate with a policy that selects blocks", policy="quest", **gated)
     refused(
-        "got budget=1024 with layer_groups and own_recent=4080, expected at least 4176: .* lower own_recent",
+        "got budget=1024 with layer_groups and own_recent=4080, expected at least 4128: .* lower own_recent",
         policy="snapkv",
     )
     refused("expected a file of `attnpred analyse-layers`", layer_groups=str(tmp_path / "none.json"))

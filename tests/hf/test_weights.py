@@ -18,6 +18,7 @@ import attnpred
 from attnpred.errors import CacheFileError
 from attnpred.hf import TieredCache
 from attnpred.hf.cache import RUNNING
+from attnpred.hf.cache_argument import cache_argument
 from attnpred.hf.weights import alike, answers, hash_samples
 from tests.hf.support import SMALL
 from tests.hf.test_fork import logits
@@ -229,7 +230,7 @@ def test_a_cache_knows_the_attached_model_that_filled_it(tmp_path: Path) -> None
 def test_a_cache_of_an_unknown_model_is_saved_with_it(tmp_path: Path) -> None:
     mine = model()
     cache = TieredCache(mine.config, policy="ema", settings=SMALL)
-    mine(prompt(1, 40), past_key_values=cache)  # not attached
+    mine(prompt(1, 40), **cache_argument(cache))  # not attached
     with pytest.raises(
         CacheFileError, match=r"^got a cache of a model that is not known .*: save\(path, model=model\)$"
     ):

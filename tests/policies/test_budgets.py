@@ -169,7 +169,7 @@ def test_a_layer_that_adapts_finds_more_than_one_that_does_not() -> None:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"layer_budgets": (1.0, -2.0)}, "expected numbers above 0, one for each"),
+        ({"layer_budgets": (1.0, -2.0)}, "expected numbers above 0 and up to 1,000,000, one for each"),
         ({"layer_budgets": "adaptive"}, "expected numbers above 0"),
         ({"head_budgets": "evenly"}, "expected numbers above 0"),
         ({"head_budgets": ()}, "expected numbers above 0"),

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from attnpred import hf
+from attnpred import checks, hf
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.policies import POLICIES
@@ -50,7 +50,7 @@ def parse_variant(word: str) -> Variant:
         if equals and key == "predictor":
             predictor = text
         elif equals and key in known:
-            fields[key] = value
+            fields[key] = value if type(value) is not int else checks.whole(key, value, -checks.WHOLE)
         elif equals and key in CacheConfig.__dataclass_fields__:
             settings[key] = value
         else:

@@ -21,6 +21,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from attnpred import checks
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.policies.base import Policy, View
@@ -52,10 +53,8 @@ class Tactic(Policy[Clusters]):
         mass = self.mass
         if isinstance(mass, bool) or not isinstance(mass, int | float) or not 0 < mass <= 1:
             raise ConfigError(f"got mass={mass!r}, expected a share of the attention above 0 and up to 1")
-        for name in ("cluster_size", "rounds", "again"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"got {name}={value!r}, expected a whole number of at least 1")
+        for name, most in (("cluster_size", checks.WHOLE), ("rounds", 1000), ("again", checks.WHOLE)):
+            checks.whole(name, getattr(self, name), 1, most)
 
     def memory(self, config: CacheConfig, layer: int) -> Clusters:
         return Clusters(config.block_size, self.cluster_size, self.rounds, self.again)

@@ -129,6 +129,8 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         _expect_platform()
         self.path = path
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise CacheFileError(f"got {path}, which is no file, expected a saved cache: check the name")
         try:
             # not the descriptor alone: after `close` its number may be another file's
             self._file = path.open("rb", buffering=0)

@@ -95,6 +95,11 @@ MISTAKES = {
 }
 
 
+def test_a_field_of_a_policy_is_a_number_that_can_be_counted_with() -> None:
+    with pytest.raises(ConfigError, match="got window=1000000000000, expected a whole number of at most 2147483647"):
+        parse_variant("snapkv:window=1000000000000")
+
+
 @pytest.mark.parametrize("word", MISTAKES)
 def test_a_wrong_task_is_told(word: str) -> None:
     with pytest.raises(ConfigError, match=MISTAKES[word]):

@@ -425,7 +425,9 @@ def test_files_that_are_no_caches_are_refused(tmp_path: Path, monkeypatch: pytes
     with attached("ema"), monkeypatch.context() as patch:
         patch.setattr(header, "FORMAT", "1")
         saved(tmp_path / "new")
+    os.mkfifo(tmp_path / "pipe")
     for name, message in (
+        ("pipe", "which is no file, expected a saved cache: check the name"),
         ("tensors", "which is no saved cache, expected one of `cache.save`"),
         ("new", "in format 1, expected 2: update attnpred, or save the cache again"),
         ("none", "got No such file or directory for .*none, expected a saved cache"),

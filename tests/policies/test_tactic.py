@@ -178,7 +178,15 @@ def test_after_a_crop_the_rest_is_clustered_anew() -> None:
     assert chosen(layer.blocks[-1]) == chosen(fresh.blocks[-1])
 
 
-WRONG = [{"mass": 0}, {"mass": 1.1}, {"mass": True}, {"cluster_size": 0}, {"rounds": 1.5}, {"again": False}]
+WRONG = [
+    {"mass": 0},
+    {"mass": 1.1},
+    {"mass": True},
+    {"cluster_size": 0},
+    {"rounds": 1.5},
+    {"rounds": 10**12},
+    {"again": False},
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG)

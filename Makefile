@@ -18,7 +18,7 @@ $(READY): requirements.lock pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: $(READY) ## the main job on the embedded model; writes attention.png
+demo: $(READY) ## a real model reads a book, and answers with all of its cache and with parts of it; writes attention.png
 	.venv/bin/attnpred demo --figure attention.png
 
 test: $(READY) ## all tests
@@ -38,7 +38,7 @@ lint: $(READY) ## ruff and mypy
 bench: $(READY) ## decode speed against the dense paths
 	$(PY) -m benchmarks.decode
 
-results: $(READY) ## run the demo for several policies into docs/results/demo.json
+results: $(READY) ## run the demo for more policies into docs/results/demo.json
 	$(PY) -m tools.demo_results
 
 evidence: $(READY) ## measure what docs/policies.md and docs/evidence.md show; hours, goes on where it was stopped

@@ -72,10 +72,19 @@ class Remember(Policy[Recorder]):
 
 
 @torch.no_grad()
-def captured(model: Any, tokens: Tensor, rows: int, block_size: int = 16, *, per_query_head: bool = False) -> Captured:
+def captured(
+    model: Any,
+    tokens: Tensor,
+    rows: int,
+    block_size: int = 16,
+    *,
+    per_query_head: bool = False,
+    text: hf.TieredCache | None = None,
+) -> Captured:
     """Return the true attention of the last `rows` queries of `tokens` [1, L], and what it came from.
 
-    Layers are the full-attention layers, in order. per_query_head: rows are [layers, Hq, T, N].
+    Layers are the full-attention layers, in order. per_query_head: rows are [layers, Hq, T, N]. text: a cache of the first
+    tokens, up to the last `rows` at most, which are not read again then.
     """
     settings = CacheConfig(
         budget=3 * block_size,
@@ -92,7 +101,10 @@ def captured(model: Any, tokens: Tensor, rows: int, block_size: int = 16, *, per
         cache = hf.TieredCache(model.config, policy=policy, settings=settings)
         # Layers that share another layer's keys may see no more queries than there are logits to keep.
         shares = getattr(cache.model_config, "num_kv_shared_layers", 0)
-        model(tokens, cache=cache, use_cache=True, logits_to_keep=rows if shares else 1)
+        if text is not None:
+            hf.carry_over(text, cache)
+        new = tokens[:, cache.get_seq_length() :]
+        model(new, cache=cache, use_cache=True, logits_to_keep=rows if shares else 1)
     layers = tuple(sorted(cache.decoders))
     seen: list[Recorder] = [cache.decoders[layer].memory for layer in layers]
     if any(memory.taken.shape[2] < rows for memory in seen):

@@ -7,30 +7,36 @@ from packaging.requirements import Requirement
 
 from tools import lock, readme_table
 
-MEASURED = {"correct": 9, "total": 10, "bits_per_byte": 1.25, "read_bytes_per_step": 3 * 2**20, "ms_per_token": 4.0}
-RUN = {
-    "policy": "ema",
-    "context_tokens": 8192,
-    "budget_tokens": 640,
-    "compression": 12.8,
-    "full": {**MEASURED, "fast_bytes": 5 * 2**20},
-    "predicted": {**MEASURED, "correct": 8, "read_bytes_per_step": 2**18},
-    "attention_recovery": 0.951,
-    "recovery_ratio": None,
+COLUMN = {
+    "policy": "full",
+    "tokens_attended": 7001.4,
+    "correct": 7,
+    "total": 8,
+    "kl": None,
+    "bytes_per_step": 300 * 2**20,
+    "fast_bytes": 320 * 2**20,
+    "ms_per_token": 130.4,
+}
+RESULT = {
+    "context_tokens": 7000,
+    "text": "a part of A Book, by Somebody",
+    "read_seconds": 35.2,
+    "columns": [COLUMN, COLUMN | {"policy": "ema", "correct": 6, "kl": 0.1234, "bytes_per_step": 23.0 * 2**20}],
 }
 
 
 def test_table_holds_the_measured_figures() -> None:
-    lines = readme_table.table([RUN]).splitlines()
-    assert lines[2] == "| full cache | 8,192 | 9 of 10 | 1.250 | 3.00 MiB | 5.00 MiB | 4.0 | 100.0% | - |"
-    assert lines[3] == "| `ema` | 640 | 8 of 10 | 1.250 | 0.25 MiB | - | 4.0 | 95.1% | - |"
+    lines = readme_table.table(RESULT).splitlines()
+    assert lines[0] == "7,000 tokens of A Book, by Somebody, read once in 35 s; 8 questions:"
+    assert lines[4] == "| full cache | 7,001 | 7 of 8 | - | 300.0 MiB | 320.0 MiB | 130 |"
+    assert lines[5] == "| `ema` | 7,001 | 6 of 8 | 0.123 | 23.0 MiB | 320.0 MiB | 130 |"
 
 
 def test_only_the_part_between_the_markers_changes() -> None:
     page = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n"
-    new = readme_table.written(page, [RUN])
+    new = readme_table.written(page, RESULT)
     assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
-    assert readme_table.written(new, [RUN]) == new
+    assert readme_table.written(new, RESULT) == new
 
 
 def test_missing_results_are_one_line(

@@ -1,6 +1,6 @@
 """Write the table of README.md from docs/results/demo.json, so that no figure in it is typed by hand.
 
-The JSON file is a list of what `attnpred demo --json` prints, one object per policy, each with one more key `policy`.
+The JSON file is what `attnpred demo --json` prints, with the policies of `tools.demo_results`.
 `python -m tools.readme_table` writes the table; `--check` only says (exit code 1) when it is out of date.
 """
 
@@ -16,45 +16,43 @@ BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 COLUMNS = (
     "policy",
     "tokens attended",
-    "facts recalled",
-    "bits per byte",
+    "answers right",
+    "KL to the full cache",
     "KV read per step",
     "fast memory",
     "ms per token",
-    "attention recovery",
-    "recovery ratio",
 )
 
 
-def row(name: str, tokens: int, measured: dict[str, Any], recovery: float | None, ratio: float | None) -> list[str]:
-    """Return the cells of one line; a measure that was not taken is a dash."""
+def row(column: dict[str, Any]) -> list[str]:
+    """Return the cells of one line; what was not measured is a dash."""
     return [
-        name,
-        f"{tokens:,}",
-        f"{measured['correct']} of {measured['total']}",
-        f"{measured['bits_per_byte']:.3f}",
-        f"{measured['read_bytes_per_step'] / 2**20:.2f} MiB",
-        f"{measured['fast_bytes'] / 2**20:.2f} MiB" if "fast_bytes" in measured else "-",
-        f"{measured['ms_per_token']:.1f}",
-        *("-" if share is None else f"{share:.1%}" for share in (recovery, ratio)),
+        "full cache" if column["policy"] == "full" else f"`{column['policy']}`",
+        f"{column['tokens_attended']:,.0f}",
+        f"{column['correct']} of {column['total']}",
+        "-" if column["kl"] is None else f"{column['kl']:.3f}",
+        f"{column['bytes_per_step'] / 2**20:.1f} MiB",
+        f"{column['fast_bytes'] / 2**20:.1f} MiB",
+        f"{column['ms_per_token']:.0f}",
     ]
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Return the Markdown table: the full cache once, then one line per policy."""
-    rows = [row("full cache", runs[0]["context_tokens"], runs[0]["full"], 1.0, None)]
-    for run in runs:
-        shares = run.get("attention_recovery"), run.get("recovery_ratio")
-        rows.append(row(f"`{run['policy']}`", run["budget_tokens"], run["predicted"], *shares))
+def table(result: dict[str, Any]) -> str:
+    """Return what was read, and the Markdown table: one line for each column of the demo."""
+    read = (
+        f"{result['context_tokens']:,} tokens of {result['text'].removeprefix('a part of ')}, read once in "
+        f"{result['read_seconds']:.0f} s; {result['columns'][0]['total']} questions:"
+    )
     head = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in head + rows)
+    rows = head + [row(column) for column in result["columns"]]
+    return read + "\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def written(readme: str, runs: list[dict[str, Any]]) -> str:
+def written(readme: str, result: dict[str, Any]) -> str:
     """Return `readme` with the table between its two markers."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(runs)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table(result)}\n{END}{after}"
 
 
 def main(arguments: list[str]) -> int:

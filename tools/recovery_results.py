@@ -79,7 +79,8 @@ def facts() -> dict[str, object]:
     """Return what the demo finds with a hundred questions at 4,096 tokens."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        code = attnpred(["demo", "--json", "--context", "4096", "--documents", "25", "--steps", "512", "--seed", "11"])
+        size = ["--context", "4096", "--documents", "25", "--steps", "512", "--seed", "11"]
+        code = attnpred(["demo", "--model", "demo", "--json", *size])
     if code:
         sys.exit(code)
     return dict(json.loads(said.getvalue().splitlines()[-1]))

@@ -18,9 +18,14 @@ from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.evaluation import facts_task
 from attnpred.evaluation.continuation import Continuation, continue_text
+from attnpred.evaluation.shown import busiest_head
+from attnpred.evaluation.variants import Variant
 from attnpred.hf.sizes import layer_shapes
 from attnpred.policies.base import Policy, View
 from attnpred.policies.select import zone_at
+
+LATE_SHARE = 0.06
+"""Unless told otherwise, with a slow tier. Of the 34 blocks of a selection 2: what is fetched late is waited for."""
 
 IN_MEMORY: dict[str, Any] = dict.fromkeys(("offload", "offload_dir", "offload_dtype", "host_limit", "disk_limit"))
 """Settings of a cache that lies in fast memory altogether."""
@@ -83,10 +88,16 @@ def continuation_tokens(tokenizer: Any, text: str, plan: Plan) -> Tensor:
 
 
 def compare(
-    model: Any, tokenizer: Any, text: str, plan: Plan, policy: str, settings: CacheConfig, say: Any = print
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    plan: Plan,
+    policy: str,
+    chooses: Policy[Any],
+    settings: CacheConfig,
+    say: Any = print,
 ) -> dict[str, Any]:
-    """Run the plan with the full cache and with `policy`; return the figures by the names of `attnpred demo --json`."""
-    chooses = hf.make_policy(policy, None, model.config, settings)
+    """Run the plan with the full cache and with `chooses`, called `policy`; return the figures of `--model demo --json`."""
     asked = documents(tokenizer, text, plan)
     tokens = continuation_tokens(tokenizer, text, plan)
     result: dict[str, Any] = {
@@ -144,7 +155,7 @@ def _measure(
     watched = hf.make_settings(settings, {"measure_recovery": True})
     # The first forecast is made after the first step, so the picture begins with the query after it.
     true = attention_trace(model, tokens.to(model.device), plan.steps - 1, settings.block_size)
-    layer, head = _busiest_head(true, settings)
+    layer, head = busiest_head(true, settings)
     scores: list[Tensor] = []
     chosen: list[Tensor] = []
     forecasts: list[Tensor] = []
@@ -179,14 +190,6 @@ def _measure(
     )
 
 
-def _busiest_head(true: Tensor, settings: CacheConfig) -> tuple[int, int]:
-    """Return layer and head with the most attention between sinks and recent window: `true` [layers, Hkv, T, N]."""
-    first, last = settings.num_sink_tokens // settings.block_size, settings.recent_window // settings.block_size + 1
-    mass = true[..., first : true.shape[3] - last - 16].sum((2, 3))
-    mass[[layer for layer in range(len(mass)) if settings.is_dense_layer(layer)]] = -1.0
-    return int(mass.argmax()) // true.shape[1], int(mass.argmax()) % true.shape[1]
-
-
 def digest_share(model_config: Any, policy: Policy[Any], item_size: int, block_size: int) -> float:
     """Return the bytes of digests that a step of `policy` reads per byte of KV, whose numbers have `item_size` bytes."""
     settings, kind = CacheConfig(block_size=block_size), {4: torch.float32, 2: torch.float16}[item_size]
@@ -198,6 +201,18 @@ def digest_share(model_config: Any, policy: Policy[Any], item_size: int, block_s
             read += memory.look_bytes()
         held += layer.kv_heads * block_size * (layer.key_dim + layer.value_dim) * item_size
     return read / held
+
+
+def compressed(
+    model: Any, variant: Variant, config: CacheConfig, context: int, compression: float
+) -> tuple[Policy[Any], CacheConfig]:
+    """Return the policy of `variant`, and settings with which it reads 1/`compression` of the KV, all told."""
+    policy, own = variant.make(model.config, config)
+    digests = digest_share(model.config, policy, next(model.parameters()).element_size(), own.block_size)
+    settings = demo_settings(own, context, compression, int(model.config.num_hidden_layers), digests)
+    if settings.late_share is None and settings.offload is not None:
+        settings = replace(settings, late_share=LATE_SHARE)
+    return policy, settings
 
 
 def demo_settings(

@@ -11,7 +11,7 @@ the tokens of all answers.
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, final
@@ -26,6 +26,17 @@ from attnpred.evaluation.tasks.base import Question
 from attnpred.hf.reading import Reading
 from attnpred.policies.base import Policy
 from attnpred.telemetry import SUMMED, LayerCounts, total
+
+Say = Callable[[int], None]
+Watch = Callable[[hf.TieredCache], None]
+
+
+def quietly(token: int) -> None:
+    """Say nothing."""
+
+
+def unwatched(cache: hf.TieredCache) -> None:
+    """Look at nothing."""
 
 
 @dataclass(slots=True)
@@ -109,6 +120,25 @@ class PolicySession:
         self._feed(held.cache, held.ids[:-1])
         self._reading.append(time.perf_counter() - start)
 
+    @torch.no_grad()
+    def go_on(self, text: hf.TieredCache, tokens: Sequence[int]) -> Held:
+        """Return a cache of the document `tokens`, whose beginning `text` holds (`hf.carry_over`).
+
+        At least `CacheConfig.history` tokens, and the last one, have to be left to read.
+        """
+        held = Held(self._attached.new_cache(), list(tokens))
+        hf.carry_over(text, held.cache)
+        self._feed(held.cache, held.ids[text.get_seq_length() : -1])
+        return held
+
+    @torch.no_grad()
+    def read_on(self, held: Held, tokens: Sequence[int]) -> None:
+        """Add `tokens`; all but the last, and what has waited, are read in one call."""
+        held.ids += tokens
+        waiting = held.ids[held.cache.get_seq_length() : -1]
+        if waiting:
+            self._feed(held.cache, waiting)
+
     def fork(self, cache: Held) -> Held:
         """Return a copy that goes on by itself."""
         return Held(cache.cache.fork(), list(cache.ids))
@@ -119,11 +149,11 @@ class PolicySession:
         return str(self.tokenizer.decode(self.generate(cache, question), skip_special_tokens=True))
 
     @torch.no_grad()
-    def generate(self, held: Held, question: Question) -> list[int]:
-        """Return the ids of an answer; they stay in the cache, the last one waiting."""
-        self._catch_up(held, question.tokens)
+    def generate(self, held: Held, question: Question, say: Say = quietly) -> list[int]:
+        """Return the ids of an answer; they stay in the cache, the last one waiting. `say` is told of each as it comes."""
+        self.read_on(held, question.tokens)
         ids = torch.tensor([held.ids], device=self.model.device, dtype=torch.int64)
-        before, clock = total(list(held.cache.counts.values())), _Clock()
+        before, clock = total(list(held.cache.counts.values())), _Clock(say)
         out = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -145,16 +175,31 @@ class PolicySession:
     @torch.no_grad()
     def follow(self, cache: Held, tokens: Sequence[int]) -> Tensor:
         """Feed `tokens` [T] one by one; return the log-probabilities after each, fp32 [T, vocabulary] on the CPU."""
-        self._catch_up(cache, tokens[:1])
-        before = total(list(cache.cache.counts.values()))
+        self.read_on(cache, tokens[:1])
+        found = self._steps(cache.cache, tokens, unwatched)
+        cache.ids += tokens[1:]
+        return found
+
+    @torch.no_grad()
+    def weigh(self, held: Held, answer: Sequence[int], watch: Watch = unwatched) -> Tensor:
+        """Return the log-probabilities that each token of `answer` [T] comes from, fp32 [T, vocabulary] on the CPU.
+
+        It is given word by word, as if the model had chosen it; `watch` is shown the cache after each step, untimed.
+        """
+        found = self._steps(held.cache, [held.ids[-1], *answer[:-1]], watch)
+        held.ids += answer
+        return found
+
+    def _steps(self, cache: hf.TieredCache, tokens: Sequence[int], watch: Watch) -> Tensor:
+        before = total(list(cache.counts.values()))
         found = []
-        for i, token in enumerate(tokens):
+        for token in tokens:
             start = time.perf_counter()
-            logits = self._feed(cache.cache, [token])
+            logits = self._feed(cache, [token])
             found.append(torch.log_softmax(logits.float(), -1).cpu())
             self._times.append((time.perf_counter() - start) * 1e3)
-            cache.ids += [token] if i else []
-        self._count(cache.cache, before)
+            watch(cache)
+        self._count(cache, before)
         return torch.stack(found)
 
     def costs(self) -> dict[str, Any]:
@@ -183,13 +228,6 @@ class PolicySession:
         kept, best = float(counts.recovery) / counts.measured, float(counts.best) / counts.measured
         return {"recovery": kept, "recovery_ratio": kept / best}
 
-    def _catch_up(self, held: Held, tokens: Sequence[int]) -> None:
-        """Add `tokens`; all but the last, and what has waited, are read in one call."""
-        held.ids += tokens
-        waiting = held.ids[held.cache.get_seq_length() : -1]
-        if waiting:
-            self._feed(held.cache, waiting)
-
     def _feed(self, cache: hf.TieredCache, tokens: Sequence[int]) -> Tensor:
         """Return the logits after the last of `tokens`, [vocabulary]."""
         ids = torch.tensor([list(tokens)], device=self.model.device, dtype=torch.int64)
@@ -211,13 +249,15 @@ class PolicySession:
 
 
 class _Clock:
-    """A streamer of `generate` that notes when each token was there."""
+    """A streamer of `generate` that notes when each token was there, and tells it on; the first it gets is the prompt."""
 
-    def __init__(self) -> None:
-        self.moments: list[float] = []
+    def __init__(self, say: Say) -> None:
+        self.say, self.moments = say, list[float]()
 
     def put(self, value: Tensor) -> None:
         self.moments.append(time.perf_counter())
+        if len(self.moments) > 1:
+            self.say(int(value))
 
     def end(self) -> None:
         pass

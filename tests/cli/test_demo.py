@@ -1,5 +1,6 @@
-"""`attnpred demo`: one comparison, as a table and as JSON with every promised key; its figures agree with each other."""
+"""`attnpred demo --model demo`: one comparison, as a table and as JSON with all keys; its figures agree."""
 
+import inspect
 import json
 import random
 from collections.abc import Callable
@@ -8,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from attnpred.cli.demo_embedded import LONGEST, embedded
 from attnpred.cli.main import main
 from attnpred.config import CacheConfig
 from attnpred.evaluation.comparison import demo_settings
 from attnpred.evaluation.facts import make_facts
+from attnpred.hf.load import load_config
 from attnpred.report.attention import load_attention
 
-SMALL = ["--context", "1024", "--documents", "1", "--steps", "8", "--compression", "4"]
+SMALL = ["--model", "demo", "--context", "1024", "--documents", "1", "--steps", "8", "--compression", "4"]
 KV_BYTES = 5 * 2 * 2 * 64 * 4  # of a token: layers, kv heads, keys and values, numbers of fp32
 
 Run = Callable[..., tuple[int, str, str]]
@@ -60,7 +63,7 @@ def assert_promised(result: dict[str, Any]) -> None:
 def test_json_has_every_promised_key_and_the_figures_agree(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture, numbers = tmp_path / "attention.png", tmp_path / "attention.safetensors"
-    code, out, err = run("--policy", "ema", "--figure", str(picture), "--attention", str(numbers), "--json")
+    code, out, err = run("--policies", "ema", "--figure", str(picture), "--attention", str(numbers), "--json")
     result = json.loads(out.splitlines()[-1])
     assert code == 0
     assert_promised(result)
@@ -94,7 +97,7 @@ def test_json_has_every_promised_key_and_the_figures_agree(run: Run, tmp_path: P
 @pytest.mark.slow
 def test_in_memory_nothing_is_fetched_and_the_figures_are_the_same(run: Run, tmp_path: Path) -> None:
     found = {
-        where: json.loads(run("--policy", "ema", "--offload", where, "--json")[1].splitlines()[-1])
+        where: json.loads(run("--policies", "ema", "--offload", where, "--json")[1].splitlines()[-1])
         for where in ("none", "cpu")
     }
     none, host = (found[where]["predicted"] for where in ("none", "cpu"))
@@ -109,7 +112,7 @@ def test_in_memory_nothing_is_fetched_and_the_figures_are_the_same(run: Run, tmp
 
 @pytest.mark.slow
 def test_the_full_policy_compresses_nothing_and_answers_alike(run: Run) -> None:
-    code, out, _ = run("--policy", "full", "--json")
+    code, out, _ = run("--policies", "full", "--json")
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result["compression"] == 1.0 and result["figure"] is None
     for key in ("correct", "bits_per_byte", "read_bytes_per_step"):
@@ -130,7 +133,7 @@ def test_a_text_of_ones_own_and_another_seed_are_used(run: Run, tmp_path: Path) 
     text.write_text("The old mill stood by the river. Nobody knew why, and nobody asked. " * 120, encoding="utf-8")
     numbers = tmp_path / "attention.safetensors"
     code, out, err = run(
-        "--policy", "streaming", "--text", str(text), "--seed", "7", "--json", "--attention", str(numbers)
+        "--policies", "streaming", "--text", str(text), "--seed", "7", "--json", "--attention", str(numbers)
     )
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result["attention"] is None and not numbers.exists()
@@ -141,7 +144,7 @@ def test_a_text_of_ones_own_and_another_seed_are_used(run: Run, tmp_path: Path) 
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "unknown policy": (["--policy", "tarot"], "got policy 'tarot', expected one of full"),
+    "unknown policy": (["--policies", "tarot"], "got policy 'tarot', expected one of full"),
     "compression 1": (["--compression", "1"], "got compression=1.0, expected more than 1"),
     "compression NaN": (["--compression", "nan"], "got compression=nan, expected more than 1"),
     "compression too high": (["--compression", "13"], "use a lower --compression"),
@@ -155,14 +158,18 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no context": (["--context", "0"], "--context"),
     "no documents": (["--documents", "0"], "--documents"),
     "one step": (["--steps", "1"], "--steps"),
-    "more steps than book": (["--steps", "10000000"], "tokens of text, expected at least 10001024"),
+    "more than the model takes": (
+        ["--context", "8129"],
+        "got 8129 tokens of context and 8 steps, expected at most 8128",
+    ),
+    "steps beyond it": (["--steps", "8000"], "expected at most 192 before them: the model was made for 8192 in all"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_option_is_one_line_before_any_work(mistake: str, run: Run) -> None:
     arguments, message = MISTAKES[mistake]
-    code, out, err = run("--policy", "ema", *arguments)
+    code, out, err = run("--policies", "ema", *arguments)
     ours = [line for line in err.splitlines() if line.startswith("attnpred: ")]
     assert (code, out) == (2, "") and len(ours) == 1 and err.endswith(ours[0] + "\n") and message in ours[0]
     assert "questions about" not in err and "Traceback" not in err
@@ -171,8 +178,15 @@ def test_a_wrong_option_is_one_line_before_any_work(mistake: str, run: Run) -> N
 def test_a_text_shorter_than_the_context_is_one_line(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Too short.", encoding="utf-8")
-    code, out, err = run("--policy", "ema", "--text", str(text))
+    code, out, err = run("--policies", "ema", "--text", str(text))
     assert (code, out) == (2, "") and "tokens of text, expected at least" in err
+
+
+def test_by_itself_it_stays_within_what_the_model_was_made_for() -> None:
+    """Else transformers alarms in the middle of the answers."""
+    asked = inspect.signature(embedded).parameters
+    limit = load_config("demo")[0].max_position_embeddings
+    assert asked["context"].default + max(asked["steps"].default, LONGEST) <= limit
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1])
@@ -180,7 +194,9 @@ def test_a_text_shorter_than_the_context_is_one_line(run: Run, tmp_path: Path) -
 @pytest.mark.parametrize("compression", [2.5, 3.5])
 def test_the_settings_keep_the_promised_compression(compression: float, calibration: int, dense_layers: int) -> None:
     """Dense layers read everything, a calibration row reads all keys; all told it is the share that was asked for."""
-    config = CacheConfig(calibration_interval=calibration, dense_layers=dense_layers)
+    config = CacheConfig(
+        budget=1.0, num_sink_tokens=16, recent_window=32, calibration_interval=calibration, dense_layers=dense_layers
+    )
     settings = demo_settings(config, 4096, compression, 5)
     sparse = settings.budget / 4096 + (0.5 / calibration if calibration else 0)
     share = (dense_layers + (5 - dense_layers) * sparse) / 5

@@ -1,0 +1,168 @@
+"""`attnpred demo` with a real model: a text is read once, and asked about in one column after the other.
+
+The answers are shown as they come; then the figures of all columns, and the picture of what was read for one answer.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnpred.config import CacheConfig
+
+if TYPE_CHECKING:
+    from attnpred.evaluation.columns import Asking, Column, Given
+    from attnpred.evaluation.quiz import QuizFact
+
+SPARE = 256
+"""Tokens of the model's context that a text leaves for a question and its answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked for on the command line; see the options of `attnpred demo`."""
+
+    model: str
+    dtype: str
+    config: CacheConfig
+    policies: str
+    compression: float
+    text: Path | None
+    seed: int
+    figure: Path | None
+    as_json: bool
+
+
+def read_and_ask(wanted: Wanted, model: Any, tokenizer: Any) -> None:
+    """Read the text, ask every column, print."""
+    import json
+    import sys
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from attnpred.cli.words import words
+    from attnpred.errors import ConfigError
+    from attnpred.evaluation.columns import Asking, read_text
+    from attnpred.evaluation.comparison import IN_MEMORY, compressed
+    from attnpred.evaluation.quiz import TEXT, TITLE, make_quiz
+    from attnpred.evaluation.variants import parse_variant
+    from attnpred.reading import read_text as read_file
+
+    quiz = make_quiz(tokenizer, read_file(wanted.text or TEXT), wanted.seed)
+    limit = model.config.get_text_config().max_position_embeddings - SPARE
+    if len(quiz.ids) > limit:
+        raise ConfigError(
+            f"got {len(quiz.ids)} tokens of text, expected at most {limit} for {wanted.model}: give a shorter one"
+        )
+    source = str(wanted.text) if wanted.text else f"a part of {TITLE}"
+    variants = [parse_variant(word) for word in words(wanted.policies)]
+    chosen = [("full", *parse_variant("full").make(model.config, replace(wanted.config, **IN_MEMORY)))]
+    for variant in variants:
+        chosen.append((variant.label, *compressed(model, variant, wanted.config, len(quiz.ids), wanted.compression)))
+    print(f"{wanted.model} reads {source}: {len(quiz.ids):,} tokens, in which {len(quiz.facts)} facts are hidden.")
+    with tqdm(total=len(quiz.ids), unit=" tokens", desc="reading", file=sys.stderr) as bar:
+        read = read_text(model, quiz, wanted.config, lambda done, _: bar.update(done - bar.n))
+    print(f"Read once, with full attention, in {read.seconds:.0f} s. Every column goes on from there.\n")
+    asking = Asking(model, tokenizer, read)
+    stream = _Stream()
+    columns = []
+    for label, policy, settings in chosen:
+        print(
+            "With the full cache:" if label == "full" else f"With {label}, which reads 1/{wanted.compression:g} of it:"
+        )
+        columns.append(asking.column(label, policy, settings, stream))
+        print(f"  {columns[-1].correct} of {len(quiz.facts)} right.\n")
+    print(table(columns))
+    result = {
+        "model": wanted.model, "text": source, "context_tokens": len(quiz.ids), "seed": wanted.seed, "compression": wanted.compression,
+        "offload": wanted.config.offload, "read_seconds": read.seconds, "figure": None,
+        "columns": [column.as_dict() for column in columns],
+    }  # fmt: skip
+    if wanted.figure is not None and variants:
+        _draw(model, tokenizer, wanted.model, source, asking, columns[1], *chosen[1][1:], wanted.figure)
+        result["figure"] = str(wanted.figure)
+        print(f"\nPicture: {wanted.figure}")
+    if wanted.as_json:
+        print(json.dumps(result))
+
+
+class _Stream:
+    """Prints answers as they come, a line each."""
+
+    def asked(self, fact: "QuizFact") -> None:
+        print(f"  {fact.question:<48}", end="", flush=True)
+
+    def heard(self, piece: str) -> None:
+        print(piece.replace("\n", " "), end="", flush=True)
+
+    def answered(self, given: "Given") -> None:
+        print("" if given.is_right else f"  (not right: {given.fact.answer})")
+
+
+def table(columns: "list[Column]") -> str:
+    """Return the figures of all columns, one column each."""
+    rows = [
+        ("", [column.policy for column in columns]),
+        ("answers right", [f"{column.correct} of {len(column.answers)}" for column in columns]),
+        ("KL to the full cache per token", ["-" if column.kl is None else f"{column.kl:.3f}" for column in columns]),
+        ("tokens attended per head", [f"{column.costs['tokens_attended']:,.0f}" for column in columns]),
+        ("KV read per step", [f"{column.costs['bytes_per_step'] / 2**20:.1f} MiB" for column in columns]),
+        ("fast memory", [f"{column.costs['fast_bytes'] / 2**20:.1f} MiB" for column in columns]),
+        ("ms per token", [f"{column.costs['ms_per_token']:.0f}" for column in columns]),
+    ]
+    width = max(14, *(len(cell) + 2 for _, cells in rows for cell in cells))
+    return "\n".join(f"{name:<32}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows)
+
+
+def _draw(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    source: str,
+    asking: "Asking",
+    column: "Column",
+    policy: Any,
+    settings: CacheConfig,
+    path: Path,
+) -> None:
+    """Draw what was read for the first right answer whose fact stands in the middle half of the text, or the first."""
+    from attnpred.evaluation.shown import look_at
+    from attnpred.hf.named_models import NAMED_MODELS
+    from attnpred.report.page_figure import PageView, draw_page
+
+    quiz = asking.text.quiz
+    places = dict(zip((fact.question for fact in quiz.facts), quiz.places, strict=True))
+    middle = [
+        given for given in column.answers
+        if given.is_right and len(quiz.text) / 4 < places[given.fact.question] < len(quiz.text) * 3 / 4
+    ]  # fmt: skip
+    given = [*middle, *(given for given in column.answers if given.is_right), *column.answers][0]
+    shown = look_at(model, tokenizer, asking.text, given, policy, settings)
+    place = places[given.fact.question]
+    draw_page(
+        PageView(
+            model=NAMED_MODELS[name].title.partition(",")[0] if name in NAMED_MODELS else name,
+            source=source,
+            question=given.fact.question,
+            answer=given.text,
+            policy=column.policy,
+            heads=shown.heads,
+            head_name=f"layer {shown.layer}, head {shown.head}",
+            words=[_word(tokenizer, token) for token in given.ids],
+            text=quiz.text,
+            spans=shown.spans,
+            fact=(place, place + len(given.fact.statement)),
+            share=shown.share,
+            true=shown.true,
+            forecast=shown.forecast,
+            selected=shown.selected,
+        ),
+        path,
+    )
+
+
+def _word(tokenizer: Any, token: int) -> str:
+    """Return what a map calls a token of the answer."""
+    if token in tokenizer.all_special_ids:
+        return "(end)"
+    return str(tokenizer.decode([token])).strip() or "\u00b7"

@@ -65,6 +65,7 @@ def test_a_pipe_gets_answers_and_nothing_else(run: Run) -> None:
     assert err.count("the model has no chat template") == 1
 
 
+@pytest.mark.slow
 def test_a_second_start_takes_the_text_from_its_file(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run("Who wound it?\n")
     (file,) = (home / "texts").iterdir()
@@ -75,6 +76,7 @@ def test_a_second_start_takes_the_text_from_its_file(run: Run, home: Path, monke
     assert run("Who wound it?\n", "--keep-limit", "0")[1] == first[1] and calls
 
 
+@pytest.mark.slow
 def test_commands_work_in_a_pipe(run: Run) -> None:
     plain = run("Who wound it?\nWhy?\n")[1].splitlines()
     talk = "/stats\nWho wound it?\n/stats\n/full\n/new\n/policy ema\n/budget 128\n/policy\n/help\nWho wound it?\n/quit\nWhy?\n"
@@ -152,6 +154,7 @@ def generate(story: Path, question: str, capsys: pytest.CaptureFixture[str], *ar
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_generate_answers_as_chat_does(run: Run, story: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = run("Who wound it?\n")[1]
     assert generate(story, "Who wound it?\n", capsys, "--document", str(story)) == answer
@@ -234,7 +237,11 @@ def test_ctrl_c_begins_a_line_anew_and_ctrl_d_ends(home: Path, monkeypatch: pyte
 def test_a_session_in_a_terminal(story: Path, tmp_path: Path) -> None:
     """A prompt, an answer that Ctrl-C stops, another one, and Ctrl-D."""
     ours, theirs = pty.openpty()
-    start = "import sys; from attnpred.cli.main import main; sys.exit(main())"
+    start = (
+        "import sys; from pathlib import Path; import attnpred.serving.kept as kept; from attnpred.cli import lines, main\n"
+        f"kept.user_cache = lines.user_cache = lambda: Path({str(tmp_path / 'cache')!r})\n"  # compiled kernels stay elsewhere
+        "sys.exit(main.main())"
+    )
     command = [
         sys.executable,
         "-c",
@@ -247,11 +254,7 @@ def test_a_session_in_a_terminal(story: Path, tmp_path: Path) -> None:
         "--max-new-tokens",
         "3000",
     ]
-    where = os.environ | {
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "TERM": "dumb",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
+    where = os.environ | {"TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=where) as process:
         os.close(theirs)
         seen = ""
@@ -279,4 +282,4 @@ def test_a_session_in_a_terminal(story: Path, tmp_path: Path) -> None:
         os.write(ours, b"\x04")
         assert process.wait(60) == 0
     os.close(ours)
-    assert (tmp_path / "cache" / "attnpred" / "chat_history").read_text(encoding="utf-8").count("\n") >= 2
+    assert (tmp_path / "cache" / "chat_history").read_text(encoding="utf-8").count("\n") >= 2

@@ -33,14 +33,17 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, weight.shape[0] // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, kind: gguf.GGMLQuantizationType | None = None) -> PreTrainedModel:
-    """Write the tiny Llama, its matrices in blocks of `kind` if that is given; return it as it was."""
+def write_gguf(path: Path, kind: gguf.GGMLQuantizationType | None = None, layers: int | None = None) -> PreTrainedModel:
+    """Write the tiny Llama, its matrices in blocks of `kind` if that is given; return it as it was.
+
+    layers: as many are named in the header, whatever there are.
+    """
     model = tiny_model("llama")
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers if layers is None else layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)

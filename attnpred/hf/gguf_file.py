@@ -30,6 +30,14 @@ FOLDER = "from-gguf-2"
 """Changes when the same file would be converted to something else."""
 
 MAGIC = b"GGUF"
+SIZES = {
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "embedding_length": "hidden_size",
+    "context_length": "max_position_embeddings",
+}
+"""Fields of the header behind the architecture's name, and what transformers calls them."""
 
 
 def is_gguf(name: str) -> bool:
@@ -89,8 +97,9 @@ def _convert(path: Path, made: Path) -> Path:
     packing = getattr(transformers, "GgufConfig", None)
     how = {"quantization_config": packing(dequantize=True)} if packing else {}
     with _readable(path):
+        dtype = _checked_dtype(path)
         tokenizer = AutoTokenizer.from_pretrained(**given)
-        model: Any = AutoModelForCausalLM.from_pretrained(**given, **how, dtype=_dtype(path))
+        model: Any = AutoModelForCausalLM.from_pretrained(**given, **how, dtype=dtype)
     if _state(path) != before:
         raise UnsupportedModelError(f"got {path} changed while it was converted, expected it at rest: try again")
     vars(model.config).pop("quantization_config", None)
@@ -110,18 +119,23 @@ def config_of(path: Path) -> PreTrainedConfig:
         return found
     need_extra()
     with _readable(path):
+        dtype = _checked_dtype(path)
         found = AutoConfig.from_pretrained(**gguf_arguments(path))
-        found.dtype = _dtype(path)
-    check_values(found.to_dict(), path)
+        found.dtype = dtype
     return found
 
 
-def _dtype(path: Path) -> torch.dtype:
-    """Return in which numbers the file is unpacked."""
+def _checked_dtype(path: Path) -> torch.dtype:
+    """Return in which numbers the file is unpacked. Raises `UnsupportedModelError` for sizes that no model has."""
     from gguf import GGMLQuantizationType, GGUFReader
 
+    reader = GGUFReader(path)
+    for name, field in reader.fields.items():
+        ours = SIZES.get(name.partition(".")[2])
+        if ours is not None:
+            check_values({ours: field.contents()}, path)
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    kinds = {GGMLQuantizationType(tensor.tensor_type).name for tensor in GGUFReader(path).tensors}
+    kinds = {GGMLQuantizationType(tensor.tensor_type).name for tensor in reader.tensors}
     halves = kinds - {"F32"}  # beside which norms are in 32 bits
     return plain[halves.pop() if halves else "F32"] if kinds <= plain.keys() and len(halves) < 2 else torch.bfloat16
 
@@ -131,6 +145,8 @@ def _readable(path: Path) -> Iterator[None]:
     """Raise `UnsupportedModelError` for whatever a reader of binary files makes of one that is not as it expects."""
     try:
         yield
+    except UnsupportedModelError:
+        raise
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")
         raise UnsupportedModelError(

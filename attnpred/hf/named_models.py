@@ -50,8 +50,8 @@ class NamedModel:
     @property
     def source(self) -> str:
         """The packages, in words."""
-        first = self.pieces[0]
-        more = f" to {self.pieces[-1].package}" if len(self.pieces) > 1 else ""
+        first, last = self.pieces[0], self.pieces[-1]
+        more = f" to {last.package.rpartition('-')[2]}" if last is not first else ""
         return f"{first.package}{more} {first.version}"
 
 

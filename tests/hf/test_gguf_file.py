@@ -97,6 +97,13 @@ def test_what_is_no_gguf_file_is_one_line(damage: str, tmp_path: Path, own_cache
     assert not list(own_cache.glob("*/[!.]*"))
 
 
+@pytest.mark.parametrize("use", [load_model, load_config])
+def test_absurd_sizes_are_refused_before_anything_is_made_of_them(use: Any, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", layers=4_000_000_000)
+    with pytest.raises(UnsupportedModelError, match="num_hidden_layers"):
+        use(str(tmp_path / "tiny.gguf"))
+
+
 def test_without_the_extra_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setattr(gguf_file.importlib.util, "find_spec", lambda name: None)

@@ -12,7 +12,7 @@ import typer
 from attnpred.cli.options import DtypeOption, cache_options
 from attnpred.config import CacheConfig
 
-EMBEDDED_ONLY = ("context", "documents", "steps", "attention")
+EMBEDDED_ONLY = ("context", "documents", "steps")
 """Options that only `--model demo` has a use for."""
 
 
@@ -34,15 +34,15 @@ def demo(
     figure: Annotated[
         Path | None, typer.Option(help="Write a picture of what the first policy read for an answer (extra `plot`).")
     ] = None,
+    attention: Annotated[
+        Path | None, typer.Option(help="Write one head's attention as numbers, for `attnpred report --attention`.")
+    ] = None,
     dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
     context: Annotated[int | None, typer.Option(min=1, help="With --model demo: tokens of the book (7680).")] = None,
     documents: Annotated[int | None, typer.Option(min=1, help="With --model demo: texts with facts (5).")] = None,
     steps: Annotated[
         int | None, typer.Option(min=2, help="With --model demo: tokens of the continuation (256).")
-    ] = None,
-    attention: Annotated[
-        Path | None, typer.Option(help="With --model demo: write attention, for `attnpred report --attention`.")
     ] = None,
 ) -> None:
     """Let a model read a book once, and answer questions about it with the full KV cache and with parts of it."""
@@ -58,11 +58,11 @@ def demo(
     for path in (figure, attention):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"got {path}, expected a file in a folder that exists")
-    only = zip(EMBEDDED_ONLY, (context, documents, steps, attention), strict=True)
+    only = zip(EMBEDDED_ONLY, (context, documents, steps), strict=True)
     own: dict[str, Any] = {name: value for name, value in only if value is not None}
     if own and model != "demo":
         raise ConfigError(f"got --{next(iter(own))} with model {model!r}, expected it with --model demo: leave it out")
-    wanted = Wanted(model, dtype, config, policies, compression, text, seed, figure, as_json)
+    wanted = Wanted(model, dtype, config, policies, compression, text, seed, figure, attention, as_json)
     if model != "demo":
         try:
             loaded, tokenizer = load_model(model, dtype=dtype)

@@ -3,6 +3,7 @@
 The answers are shown as they come; then the figures of all columns, and the picture of what was read for one answer.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from attnpred.config import CacheConfig
 
 if TYPE_CHECKING:
-    from attnpred.evaluation.columns import Asking, Column, Given
-    from attnpred.evaluation.quiz import QuizFact
+    from attnpred.evaluation.columns import Column, Given
+    from attnpred.evaluation.quiz import Quiz, QuizFact
+    from attnpred.evaluation.shown import Shown
 
 SPARE = 256
 """Tokens of the model's context that a text leaves for a question and its answer."""
@@ -29,13 +31,13 @@ class Wanted:
     text: Path | None
     seed: int
     figure: Path | None
+    attention: Path | None
     as_json: bool
 
 
 def read_and_ask(wanted: Wanted, model: Any, tokenizer: Any) -> None:
     """Read the text, ask every column, print."""
     import json
-    import sys
     from dataclasses import replace
 
     from tqdm import tqdm
@@ -45,6 +47,7 @@ def read_and_ask(wanted: Wanted, model: Any, tokenizer: Any) -> None:
     from attnpred.evaluation.columns import Asking, read_text
     from attnpred.evaluation.comparison import IN_MEMORY, compressed
     from attnpred.evaluation.quiz import TEXT, TITLE, make_quiz
+    from attnpred.evaluation.shown import look_at
     from attnpred.evaluation.variants import parse_variant
     from attnpred.reading import read_text as read_file
 
@@ -75,13 +78,13 @@ def read_and_ask(wanted: Wanted, model: Any, tokenizer: Any) -> None:
     print(table(columns))
     result = {
         "model": wanted.model, "text": source, "context_tokens": len(quiz.ids), "seed": wanted.seed, "compression": wanted.compression,
-        "offload": wanted.config.offload, "read_seconds": read.seconds, "figure": None,
+        "offload": wanted.config.offload, "read_seconds": read.seconds, "figure": None, "attention": None,
         "columns": [column.as_dict() for column in columns],
     }  # fmt: skip
-    if wanted.figure is not None and variants:
-        _draw(model, tokenizer, wanted.model, source, asking, columns[1], *chosen[1][1:], wanted.figure)
-        result["figure"] = str(wanted.figure)
-        print(f"\nPicture: {wanted.figure}")
+    if variants and (wanted.figure is not None or wanted.attention is not None):
+        given = _worth_showing(quiz, columns[1].answers)
+        shown = look_at(model, tokenizer, read, given, *chosen[1][1:])
+        result |= _show(wanted, tokenizer, source, quiz, given, shown)
     if wanted.as_json:
         print(json.dumps(result))
 
@@ -114,40 +117,32 @@ def table(columns: "list[Column]") -> str:
     return "\n".join(f"{name:<32}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows)
 
 
-def _draw(
-    model: Any,
-    tokenizer: Any,
-    name: str,
-    source: str,
-    asking: "Asking",
-    column: "Column",
-    policy: Any,
-    settings: CacheConfig,
-    path: Path,
-) -> None:
-    """Draw what was read for the first right answer whose fact stands in the middle half of the text, or the first."""
-    from attnpred.evaluation.shown import look_at
+def _worth_showing(quiz: "Quiz", answers: "list[Given]") -> "Given":
+    """Return the first right answer whose fact stands in the middle half of the text, else a right one, else the first."""
+    right = [given for given in answers if given.is_right]
+    middle = [given for given in right if 1 / 4 < quiz.place(given.fact) / len(quiz.text) < 3 / 4]
+    return [*middle, *right, *answers][0]
+
+
+def _show(
+    wanted: Wanted, tokenizer: Any, source: str, quiz: "Quiz", given: "Given", shown: "Shown"
+) -> dict[str, str | None]:
+    """Write the picture and the maps that are wanted, and say so; return where they are."""
     from attnpred.hf.named_models import NAMED_MODELS
+    from attnpred.report.attention import HeadAttention, save_attention
     from attnpred.report.page_figure import PageView, draw_page
 
-    quiz = asking.text.quiz
-    places = dict(zip((fact.question for fact in quiz.facts), quiz.places, strict=True))
-    middle = [
-        given for given in column.answers
-        if given.is_right and len(quiz.text) / 4 < places[given.fact.question] < len(quiz.text) * 3 / 4
-    ]  # fmt: skip
-    given = [*middle, *(given for given in column.answers if given.is_right), *column.answers][0]
-    shown = look_at(model, tokenizer, asking.text, given, policy, settings)
-    place = places[given.fact.question]
-    draw_page(
-        PageView(
-            model=NAMED_MODELS[name].title.partition(",")[0] if name in NAMED_MODELS else name,
+    head = f"layer {shown.layer}, head {shown.head}"
+    written: dict[str, str | None] = {}
+    if wanted.figure is not None:
+        place = quiz.place(given.fact)
+        view = PageView(
+            model=NAMED_MODELS[wanted.model].title.partition(",")[0] if wanted.model in NAMED_MODELS else wanted.model,
             source=source,
             question=given.fact.question,
             answer=given.text,
-            policy=column.policy,
             heads=shown.heads,
-            head_name=f"layer {shown.layer}, head {shown.head}",
+            head_name=head,
             words=[_word(tokenizer, token) for token in given.ids],
             text=quiz.text,
             spans=shown.spans,
@@ -156,9 +151,18 @@ def _draw(
             true=shown.true,
             forecast=shown.forecast,
             selected=shown.selected,
-        ),
-        path,
-    )
+        )
+        draw_page(view, wanted.figure)
+        written["figure"] = str(wanted.figure)
+        print(f"\nPicture: {wanted.figure}")
+    if wanted.attention is not None and shown.forecast is None:
+        print(f"the first policy forecasts nothing: {wanted.attention} was not written", file=sys.stderr)
+    elif wanted.attention is not None and shown.forecast is not None:
+        title = f"{head}, {len(quiz.ids)} tokens of context"
+        save_attention(HeadAttention(title, shown.true, shown.forecast, shown.selected), wanted.attention)
+        written["attention"] = str(wanted.attention)
+        print(f"Attention: {wanted.attention} (see `attnpred report --attention`)")
+    return written
 
 
 def _word(tokenizer: Any, token: int) -> str:

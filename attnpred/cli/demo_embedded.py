@@ -1,6 +1,5 @@
 """`attnpred demo --model demo`: the embedded model on a long book, full cache against a part of it, several texts."""
 
-from pathlib import Path
 from typing import Any
 
 from attnpred.cli.demo_columns import Wanted
@@ -18,13 +17,7 @@ WHERE = {
 }
 
 
-def embedded(
-    wanted: Wanted,
-    context: int = CONTEXT,
-    documents: int = 5,
-    steps: int = 256,
-    attention: Path | None = None,
-) -> None:
+def embedded(wanted: Wanted, context: int = CONTEXT, documents: int = 5, steps: int = 256) -> None:
     """Answer questions about a long book twice: with the full KV cache, and with the part that the first policy chooses."""
     import json
     import sys
@@ -37,7 +30,7 @@ def embedded(
     from attnpred.hf import load_model
     from attnpred.reading import read_text
 
-    figure = wanted.figure
+    figure, attention = wanted.figure, wanted.attention
     variant = parse_variant(words(wanted.policies)[0])
     policy = variant.label
     model, tokenizer = load_model("demo", dtype=wanted.dtype)

@@ -72,6 +72,10 @@ class Quiz:
     places: list[int]
     after: str
 
+    def place(self, fact: QuizFact) -> int:
+        """Return where the statement of `fact` begins in `text`."""
+        return self.places[self.facts.index(fact)]
+
     def question_ids(self, tokenizer: Any, fact: QuizFact) -> list[int]:
         """Return the tokens that follow `ids` to ask for `fact`, up to where the answer begins."""
         asked = f"\n\n{ASK}{fact.question}{self.after}"

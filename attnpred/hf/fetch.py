@@ -20,7 +20,7 @@ from attnpred.hf.named_models import NamedModel, Piece, gguf_path
 from attnpred.hf.once import once, say
 
 CHUNK = 1 << 20
-WITHOUT = "`demo` works without (attnpred demo), and so does a model of your own by its path"
+WITHOUT = "`demo` works without (attnpred demo --model demo), and so does a model of your own by its path"
 
 
 def fetch_model(name: str, *, asked: bool = False) -> Path:

@@ -36,7 +36,6 @@ class PageView:
     source: str
     question: str
     answer: str
-    policy: str
     heads: int
     head_name: str
     words: list[str]

@@ -11,6 +11,7 @@ from attnpred.cli.demo_columns import Wanted
 from attnpred.cli.main import main
 from attnpred.errors import FetchError
 from attnpred.evaluation.book import demo_book
+from attnpred.report.attention import load_attention
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
 SMALL = ["--compression", "4", "--policies", "ema"]
@@ -38,8 +39,9 @@ def test_a_text_is_read_once_and_asked_in_every_column(
     chat_model: str, short: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    picture = tmp_path / "page.png"
-    arguments = ["--model", chat_model, "--text", short, "--figure", str(picture), "--json", *SMALL]
+    picture, numbers = tmp_path / "page.png", tmp_path / "head.safetensors"
+    files = ["--figure", str(picture), "--attention", str(numbers)]
+    arguments = ["--model", chat_model, "--text", short, *files, "--json", *SMALL]
     assert main(["demo", *arguments, "--policies", "ema,quest"]) == 0
     said = capsys.readouterr()
     *shown, last = said.out.splitlines()
@@ -55,6 +57,8 @@ def test_a_text_is_read_once_and_asked_in_every_column(
     for question in (answer["fact"]["question"] for answer in full["answers"]):
         assert sum(question in line for line in shown) == 3
     assert picture.read_bytes().startswith(b"\x89PNG") and f"Picture: {picture}" in shown
+    assert result["figure"] == str(picture) and result["attention"] == str(numbers)
+    assert load_attention(numbers).title.endswith(f"{result['context_tokens']} tokens of context")
     assert "maximum length" not in said.err and not list((tmp_path / "cache/attnpred/kv").glob("*"))
 
 

@@ -22,7 +22,6 @@ def view(forecast: bool = True) -> PageView:
         source="a book",
         question="What?",
         answer="529",
-        policy="ema",
         heads=9,
         head_name="layer 1, head 2",
         words=list("abcdef"),

@@ -190,7 +190,8 @@ def main(arguments: list[str] | None = None) -> None:
     disk = replace(plain, offload="disk", offload_dir=args.folder)
     packed = replace(disk, offload_dtype="int8")
     blocks = args.context // 16
-    keep = keep_for(churn, blocks, plain.budget_blocks(args.context) - 9)
+    forced = plain.smallest_budget // plain.block_size - 1  # sinks, recent window and the open block
+    keep = keep_for(churn, blocks, plain.budget_blocks(args.context) - forced)
     general = Predicted(Predictor.from_pretrained(shipped()["general"]))
     wanted = estimate_for(model.config, disk, general, torch.bfloat16, args.context)
     say(f"theory: a dense step reads {wanted.full:,} bytes, a sparse one {wanted.full * args.budget:,.0f}, of which "

@@ -187,11 +187,12 @@ def sparse_decode(
             keys.shape[1], selecting, group, dim, value_dim, block_size,
             room(group, 16), key_room, value_room, blocks, per_block,
             mask is not None, softcap is not None, widen,
-            num_warps=4, num_stages=2 if width * blocks * per_block <= TILE_BYTES and not widen else 1,
+            num_warps=4, enable_fp_fusion=True,
+            num_stages=2 if width * blocks * per_block <= TILE_BYTES and not widen else 1,
         )  # fmt: skip
         _merge[(rows, group + ceil_div(chosen, BLOCKS_AT_ONCE))](
             found, peaks, sums, tops, normaliser if sinks is None else sinks.contiguous(), output, maxima, normaliser,
             chosen, splits, selecting, group, value_dim, value_room, room(splits),
-            BLOCKS_AT_ONCE, sinks is not None,
+            BLOCKS_AT_ONCE, sinks is not None, enable_fp_fusion=True,
         )  # fmt: skip
     return output, maxima, normaliser

@@ -103,11 +103,11 @@ def digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
         _products[(rows, tiles)](
             query.contiguous(), codes, logs, peaks, sums, blocks, tiles, codes.stride(0), codes.stride(1), STEP,
             group, half, vectors, room(group, 16),
-            room(half, 16), at_once, per_block, num_warps=4,
+            room(half, 16), at_once, per_block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         _shares[(rows, ceil_div(blocks, BLOCKS_AT_ONCE))](
             logs, peaks, sums, out, blocks, tiles, SMALLEST, group, BLOCKS_AT_ONCE,
-            min(MOST_TILES, room(tiles)), num_warps=4,
+            min(MOST_TILES, room(tiles)), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -143,7 +143,7 @@ def weigh(
         _weigh[(batch * heads, ceil_div(blocks, BLOCKS_AT_ONCE))](
             estimate, peaks, weights, distance, out, first, last, blocks, estimate.stride(0), estimate.stride(1),
             *peaks.stride()[:3], weights.stride(0) if weights.shape[0] > 1 else 0, weights.stride(1),
-            heads, rates, BLOCKS_AT_ONCE, num_warps=4,
+            heads, rates, BLOCKS_AT_ONCE, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -182,5 +182,5 @@ def remember(peaks: Tensor, rates: Tensor, blocks: int, estimate: Tensor, select
         _remember[(batch * heads, ceil_div(blocks, BLOCKS_AT_ONCE), fading)](
             peaks, rates, estimate, selection.contiguous(), maxima.contiguous(), blocks, estimate.shape[-1], chosen,
             SMALLEST, FLOOR, *peaks.stride()[:3], estimate.stride(0), estimate.stride(1),
-            heads, BLOCKS_AT_ONCE, room(chosen), num_warps=4,
+            heads, BLOCKS_AT_ONCE, room(chosen), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

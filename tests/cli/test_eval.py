@@ -88,7 +88,10 @@ def test_a_wrong_option_is_one_line_before_the_model_is_read(mistake: str, run: 
 
 LATER: dict[str, tuple[list[str], str]] = {
     "too short for history and steps": (["--lengths", "70"], "got --lengths 70, expected more than 70"),
-    "missing text": (["--texts", "/no/such/text"], "got text '/no/such/text', expected a file or one of facts"),
+    "missing text": (
+        ["--texts", "/no/such/text"],
+        "got /no/such/text (No such file or directory), expected a text file or one of facts",
+    ),
     "nothing to replay": (["--policies", "pod"], "got policy 'pod' for task 'recovery', expected one that selects"),
     "a share above one": (["--budgets", "1.5"], "got budget=1.5, expected a share of at most 1.0"),
     "other blocks for one policy": (

@@ -228,10 +228,11 @@ from attnpred.store import safetensors_file
 from tests.hf.support import SMALL
 from tests.models import tiny_model
 
-cache = TieredCache(tiny_model("llama").config, policy="ema", settings=SMALL)
+model = tiny_model("llama")
+cache = TieredCache(model.config, policy="ema", settings=SMALL)
 for layer in range(3):
     cache.update(torch.ones(1, 2, 90, 8), torch.ones(1, 2, 90, 8), layer)
-path, put = Path(sys.argv[1]), safetensors_file._put
+path, put = Path(sys.argv[1]), safetensors_file.put
 if path.exists():
     count = iter(range(99))
     def dying(fd, data):
@@ -239,8 +240,8 @@ if path.exists():
         if next(count) == 4:
             os.kill(os.getpid(), 9)
         put(fd, data[len(data) // 2 :])
-    safetensors_file._put = dying
-cache.save(path)
+    safetensors_file.put = dying
+cache.save(path, model=model)
 """
 
 

@@ -6,7 +6,7 @@ READY := .venv/.ready
 TOO_OLD = $(shell $(PYTHON) -c 'import sys; print(sys.version_info < (3, 10))' 2>&1 || echo none)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real check lint bench results evidence evidence-real docs lock clean
+.PHONY: help demo test test-real test-versions check lint bench results evidence evidence-real docs lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 15
@@ -29,6 +29,10 @@ test-real: $(READY) ## tests of a real model, which the package index has to giv
 
 check: $(READY) ## the quick tests, under a minute
 	$(PY) -m pytest -q -m "not slow"
+
+test-versions: $(READY) ## the quick tests with the oldest transformers that is supported, one between, and the newest
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
+	$(PY) -m tools.test_versions
 
 lint: $(READY) ## ruff and mypy
 	.venv/bin/ruff check .
@@ -62,5 +66,5 @@ lock: $(READY) ## rewrite requirements.lock; UPGRADE=1 moves to the newest versi
 	$(PY) -m tools.lock $(if $(UPGRADE),--upgrade)
 
 clean: ## remove .venv, caches and what the targets above wrote
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info attention.png
+	rm -rf .venv .venvs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info attention.png
 	find attnpred tests tools recipes benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

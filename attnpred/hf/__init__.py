@@ -13,11 +13,12 @@ the model takes the stock path. A model that changes keys or values after `updat
 what it attends to is not what is stored. Mask sizes stay full, so padding masks stay right.
 """
 
+from attnpred.hf.attaching import attach
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.cache_argument import cache_argument
 from attnpred.hf.carry import carry_over, is_carried, last_queries
 from attnpred.hf.choose import fingerprint, make_policy, make_settings
-from attnpred.hf.handle import Attached, attach
+from attnpred.hf.handle import Attached
 from attnpred.hf.header import made_by
 from attnpred.hf.layer import TieredLayer
 from attnpred.hf.load import load_model, source_of, text_streamer

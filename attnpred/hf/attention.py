@@ -1,28 +1,21 @@
 """The attention function and what it falls back to. It is registered once and recognises its own layers by itself."""
 
-import weakref
-from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from attnpred.errors import ConfigError, UnsupportedModelError
-from attnpred.hf.cache import LAST_UPDATED, RUNNING
+from attnpred.hf.cache import LAST_UPDATED, TieredCache
+from attnpred.hf.call import CALL
+from attnpred.hf.gradients import without_gradient
+from attnpred.hf.layer import TieredLayer
 from attnpred.hf.modes import attending_dtype, without_autocast, without_inference_mode
 from attnpred.hf.reading import KEPT, Seen
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.streamed import StreamedAttention
-
-TOKENS: ContextVar[Tensor | None] = ContextVar("attnpred_tokens", default=None)
-"""Token ids [B, Q] of the call of the model that runs in this thread, if it was given ids."""
-
-QUERIES: ContextVar[int] = ContextVar("attnpred_queries", default=0)
-"""Queries of the call of the model that runs in this thread."""
 
 
 def attention(
@@ -69,12 +62,40 @@ def _attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         return _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
     query = query.to(layer.dtype)
+    shares = cache.sharing is not None and cache.sharing.concerns(index) and cache.decoder(index).left.kept is None
+    if not layer.is_prompt or shares:
+        with torch.no_grad():
+            output = _attend_stored(module, query.detach(), attention_mask, cache, layer, index, shares, terms, kwargs)
+        return without_gradient(output.to(dtype), query, key, value)
+    output = _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
+    with torch.no_grad():
+        query, key, value = query.detach(), key.detach(), value.detach()  # what is kept of them keeps no graph
+        _note_tokens(cache, layer, index, query)
+        allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0]
+        reading = KEPT.get()
+        if reading is not None:
+            reading.layers.append(Seen(index, query, key, value, terms, allowed))
+        if not cache.settings.is_dense_layer(index):
+            cache.decoder(index).observe(query, layer.store, terms, allowed, prompt=True, keys=key)
+    return output.to(dtype)
+
+
+def _attend_stored(
+    module: nn.Module,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    cache: TieredCache,
+    layer: TieredLayer,
+    index: int,
+    shares: bool,
+    terms: AttentionTerms,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Return the output of a call that attends to what the store holds, or what stores hold together."""
     decoder, store = cache.decoder(index), layer.store
     remember = not cache.settings.is_dense_layer(index)
-    if remember and decoder.policy.reads_tokens:
-        decoder.memory.read(_tokens(query), store.length)
-    shares = cache.sharing is not None and cache.sharing.concerns(index)
-    if cache.sharing is not None and shares and not layer.is_sparse and decoder.left.kept is None:
+    _note_tokens(cache, layer, index, query)
+    if cache.sharing is not None and shares and not layer.is_sparse:
         allowed = _everything(module, query, store.length, attention_mask, kwargs.get("is_causal"))
         is_step = not layer.is_prompt and query.shape[2] == 1
         if layer.reason is not None and not is_step:
@@ -82,59 +103,41 @@ def _attend(
         output = cache.sharing.attend(index, query, terms, allowed, decoder.counts, count=is_step)
         if remember:
             decoder.observe(query, store, terms, allowed, prompt=layer.is_prompt)
-        return output.transpose(1, 2).contiguous().to(dtype)
+        return output.transpose(1, 2).contiguous()
     if layer.is_sparse:  # then so are the layers that share its keys, for they come later
         allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0, -1]
         output = decoder.step(query[:, :, 0], store, terms, allowed)[:, None]
         if cache.sharing is not None:
             cache.sharing.settle(index)
-        return output.to(dtype)
-    if layer.is_prompt:
-        output = _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
-        allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0]
-        reading = KEPT.get()
-        if reading is not None:
-            reading.layers.append(Seen(index, query, key, value, terms, allowed))
-        if remember:
-            decoder.observe(query, store, terms, allowed, prompt=True, keys=key)
-        return output.to(dtype)
+        return output
     assert layer.reason is not None
     decoder.counts.count_dense(layer.reason, query.shape[2], store.length, store.bytes())
     allowed = _everything(module, query, store.length, attention_mask, kwargs.get("is_causal"))
     output = decoder.attend(query, store, terms, allowed, remember=remember)
     if cache.sharing is not None:
         cache.sharing.settle(index)
-    return output.transpose(1, 2).contiguous().to(dtype)
+    return output.transpose(1, 2).contiguous()
 
 
-def note_tokens(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-    """Note the token ids that a model's embedding is called with: a forward pre-hook of it."""
-    TOKENS.set(arguments[0] if arguments else None)
-
-
-def model_noter(model: PreTrainedModel) -> Callable[..., None]:
-    """Return a forward pre-hook, of a model's embedding as well, that notes that `model` runs."""
-    reference = weakref.ref(model)
-
-    def note(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        RUNNING.set(reference)
-
-    return note
-
-
-def _tokens(query: Tensor) -> Tensor:
-    """Return the token ids of this call. Raises `ConfigError` where it has none."""
-    ids = TOKENS.get()
+def _note_tokens(cache: TieredCache, layer: TieredLayer, index: int, query: Tensor) -> None:
+    """Give the token ids of this call to a memory that reads them. Raises `ConfigError` where it has none."""
+    decoder = cache.decoder(index)
+    if not decoder.policy.reads_tokens or cache.settings.is_dense_layer(index):
+        return
+    call = CALL.get()
+    ids = None if call is None else call.tokens
     if ids is None or ids.shape[0] != query.shape[0] or ids.shape[1] < query.shape[2]:
         raise ConfigError(
             "got a call without token ids, expected input_ids: this policy reads them, so inputs_embeds will not do"
         )
-    return ids
+    decoder.memory.read(ids, layer.store.length)
 
 
 def make_mask(**kwargs: Any) -> Tensor | None:
     """The mask function registered with transformers: stock, but it notes how many queries the call has."""
-    QUERIES.set(kwargs["q_length"])
+    call = CALL.get()
+    if call is not None:
+        call.queries = kwargs["q_length"]
     return sdpa_mask(**kwargs)
 
 
@@ -147,7 +150,8 @@ def _implied(module: nn.Module, query: Tensor, key: Tensor, is_plain: bool, is_c
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return None
     queries, length = query.shape[2], key.shape[2]
-    left_out = max(0, QUERIES.get() - queries)
+    call = CALL.get()
+    left_out = 0 if call is None else max(0, call.queries - queries)
     if not left_out and (is_plain or queries in (1, length)):
         return None
     return torch.ones(1, 1, queries, length, dtype=torch.bool, device=query.device).tril(left_out)

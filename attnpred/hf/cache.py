@@ -21,6 +21,7 @@ from attnpred import telemetry
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.errors import ConfigError, NotSparseError, StoreError, UnsupportedModelError, closed_cache, forked_cache
+from attnpred.hf.call import CALL
 from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
 from attnpred.hf.closed import ClosedLayer
 from attnpred.hf.layer import TieredLayer, holds_tokens
@@ -46,9 +47,6 @@ IMPLEMENTATION = "attnpred"
 
 LAST_UPDATED: ContextVar["weakref.ref[TieredCache] | None"] = ContextVar("attnpred_last_updated", default=None)
 """The cache that was updated last in this thread; the attention function that follows looks there for its layer."""
-
-RUNNING: ContextVar["weakref.ref[PreTrainedModel] | None"] = ContextVar("attnpred_running", default=None)
-"""The attached model that was called last in this thread: the cache that it updates notes it, for `save`."""
 
 
 @final
@@ -288,10 +286,11 @@ class TieredCache(Cache):
         return keys, values
 
     def _note_model(self) -> None:
-        running = RUNNING.get()
-        model = None if running is None or running is self.model else running()
-        if model is not None and model.config.get_text_config(decoder=True) is self.model_config:
-            self.model = running
+        """Note which attached model it is that updates the cache, for `save`."""
+        call = CALL.get()
+        model = None if call is None or call.model is self.model else call.model()
+        if call is not None and model is not None and model.config.get_text_config(decoder=True) is self.model_config:
+            self.model = call.model
 
     def layer_of(self, index: int, key: Tensor, value: Tensor) -> TieredLayer | None:
         """Return the layer whose `update` returned these very tensors: layer `index`, or one that it shares keys with.

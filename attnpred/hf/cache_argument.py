@@ -26,10 +26,3 @@ def take_cache(kwargs: dict[str, Any]) -> Any:
     if len(found) > 1:
         raise ConfigError(f"got both {NAMES[0]} and {NAMES[1]}, expected one cache: give it as {NAME}")
     return found[0] if found else None
-
-
-def rename_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let a call of a model bring its cache by either name: a forward pre-hook."""
-    if any(name in kwargs for name in NAMES if name != NAME):
-        kwargs |= cache_argument(take_cache(kwargs))
-    return args, kwargs

@@ -1,33 +1,31 @@
-"""`attach`: switch the sparse path of a model on, for good or for a `with` block."""
+"""`Attached`: a model with the sparse path switched on, what its calls go through, and how it is given back."""
 
+import copy
 import functools
 import logging
-import weakref
 from collections.abc import Callable
-from pathlib import Path
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, final
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
-from attnpred import telemetry
-from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError, NotSparseError
-from attnpred.hf.attention import attention, make_mask, model_noter, note_tokens
+from attnpred.hf.attention import attention, make_mask
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
-from attnpred.hf.cache_argument import NAME, cache_argument, rename_cache, take_cache
-from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
-from attnpred.hf.support import is_served, refuse_model, refuse_unsupported
-from attnpred.policies.base import Policy
-from attnpred.policies.paper_cnn import PaperForecast
-from attnpred.policies.pod import Pod
-from attnpred.policies.predicted import Predicted
-from attnpred.predictor.pretrained import Predictor
+from attnpred.hf.cache_argument import NAME, cache_argument, take_cache
+from attnpred.hf.call import Call, watch
+from attnpred.hf.tally import Tally
 
 logger = logging.getLogger("attnpred")
+
+GENERATING: ContextVar[tuple[PreTrainedModel | None, TieredCache | None]] = ContextVar(
+    "attnpred_generating", default=(None, None)
+)
+"""The model whose `generate` runs in this thread, and the cache of ours that it was given."""
 
 
 @final
@@ -39,32 +37,27 @@ class Attached:
 
     def __init__(self, model: PreTrainedModel, make_cache: Callable[[], TieredCache], *, strict: bool) -> None:
         self._model, self._make_cache, self._strict = model, make_cache, strict
-        self._caches: list[dict[int, telemetry.LayerCounts]] = []
-        self._fast_bytes = 0
-        self._slow_bytes: dict[str, int] = {}
-        self._saved_bytes: int | None = None
-        self._warned = False
+        self._tally = Tally()
+        self._said: set[str] = set()
         self._stock_implementation = model.config.get_text_config(decoder=True)._attn_implementation
         self._stock_generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
-        self._is_active = False
+        self._stock_prepare: Callable[..., Any] = model.prepare_inputs_for_generation  # type: ignore[assignment]
+        self._hooks: list[RemovableHandle] = []
+        self._ours: dict[str, Any] = {}
 
     def activate(self) -> "Attached":
-        """Register attention and mask functions and wrap `generate`."""
+        """Register attention and mask functions, hook the model's calls, and wrap `generate`."""
         AttentionInterface.register(IMPLEMENTATION, attention)
         AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
         self._model.set_attn_implementation(IMPLEMENTATION)
-        self._hooks = [
-            self._model.register_forward_pre_hook(rename_cache, with_kwargs=True),
-            self._model.get_input_embeddings().register_forward_pre_hook(note_tokens),
-            self._model.get_input_embeddings().register_forward_pre_hook(model_noter(self._model)),
-        ]
-
-        @functools.wraps(self._stock_generate)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            return self._generate(*args, **kwargs)
-
-        self._model.generate = generate  # type: ignore[assignment]
-        self._is_active = True
+        self._hooks = watch(self._model, self._enter, self._leave)
+        self._ours = {
+            "generate": _as(self._stock_generate, self._generate),
+            "prepare_inputs_for_generation": _as(self._stock_prepare, self._prepare),
+            "__deepcopy__": self._plain_copy,
+            "__reduce_ex__": self._refuse_to_pickle,
+        }
+        vars(self._model).update(self._ours)
         return self
 
     def new_cache(self) -> TieredCache:
@@ -73,45 +66,94 @@ class Attached:
 
     def detach(self) -> None:
         """Give the model back as it was; a second call does nothing."""
-        if self._is_active:
-            self._is_active = False
-            del self._model.generate
+        if self._ours:
+            for name in self._ours:
+                vars(self._model).pop(name, None)
+            self._ours = {}
             for hook in self._hooks:
                 hook.remove()
             self._model.set_attn_implementation(self._stock_implementation)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._ours:  # somebody has kept the function
+            return self._stock_generate(*args, **kwargs)
         cache = take_cache(kwargs)
         implementation = self._setting("cache_implementation", args, kwargs)
-        why = None
         if cache is not None:
-            why = None if isinstance(cache, TieredCache) else f"{NAME} is another cache"
+            if not isinstance(cache, TieredCache):
+                self._fall_back(f"{NAME} is another cache")
         elif self._setting("use_cache", args, kwargs) is False:
-            why = "use_cache=False"
+            self._fall_back("use_cache=False")
         elif implementation not in (None, "hybrid"):  # "hybrid" is an old default of the Hub, which `generate` ignores
-            why = f"cache_implementation={implementation!r}"
+            self._fall_back(f"cache_implementation={implementation!r}")
         else:
             cache = self._make_cache()
             if self._setting("is_assistant", args, kwargs):
                 cache.activate_past_recording()  # as `generate` does with a cache that it makes itself
-        if why is not None:
-            if self._strict:
-                raise NotSparseError(f"got {why}, expected the sparse path (strict=True): leave it out")
-            if not self._warned:
-                logger.warning("%s: the sparse path is off for this call", why)
-                self._warned = True
         if cache is not None:
             kwargs |= cache_argument(cache)
-        if isinstance(cache, TieredCache):
-            self._admit(cache, args, kwargs)
+        if not isinstance(cache, TieredCache):
+            return self._stock_generate(*args, **kwargs)
+        self._admit(cache, args, kwargs)
+        running = GENERATING.set((self._model, cache))
         try:
             result = self._stock_generate(*args, **kwargs)
         finally:
-            if isinstance(cache, TieredCache):
-                self._remember(cache)
-        if isinstance(cache, TieredCache):
-            cache.tokens = self._tokens_in(cache, result, args, kwargs)
+            GENERATING.reset(running)
+            self._tally.add(cache)
+        cache.tokens = self._tokens_in(cache, result, args, kwargs)
         return result
+
+    def _prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep our cache where a model drops it to read all tokens anew, as Phi-3 does when its rotations change."""
+        inputs = self._stock_prepare(*args, **kwargs)
+        cache, (model, ours) = kwargs.get(NAME), GENERATING.get()
+        if model is self._model and cache is ours and ours is not None and inputs.get(NAME) is None:
+            tokens = inputs.get("input_ids")
+            if tokens is not None and tokens.shape[1] > ours.get_seq_length():
+                ours.reset()
+                inputs |= cache_argument(ours)
+        return inputs
+
+    def _enter(self, call: Call, kwargs: dict[str, Any]) -> None:
+        wanted = kwargs.get("output_attentions")
+        if self._model.config.output_attentions if wanted is None else wanted:
+            raise ConfigError(
+                "got output_attentions=True, expected False: an attached model keeps no attention weights; detach it first"
+            )
+        model, ours = GENERATING.get()
+        if model is self._model and call.cache is not ours:
+            self._fall_back("a step of generate used another cache")
+
+    def _leave(self, call: Call) -> None:
+        if isinstance(call.cache, TieredCache) and call.cache.get_seq_length() == call.held:
+            self._fall_back("the model did not use its cache (gradient checkpointing in training mode does that)")
+
+    def _fall_back(self, why: str) -> None:
+        """Count a call that cannot be sparse, and say so once. Raises `NotSparseError` under `strict`."""
+        if self._strict:
+            raise NotSparseError(f"got {why}, expected the sparse path (strict=True): leave it out")
+        self._tally.add_not_sparse(why)
+        if why not in self._said:
+            logger.warning("%s: the sparse path is off for this call", why)
+            self._said.add(why)
+
+    def _plain_copy(self, memo: dict[int, Any]) -> PreTrainedModel:
+        """Return what `copy.deepcopy` of the model is: a model of its own, which is not attached."""
+        kept = {name: vars(self._model).pop(name) for name in self._ours}
+        try:
+            copied = copy.deepcopy(self._model, memo)
+        finally:
+            vars(self._model).update(kept)
+        for hook in copy.deepcopy(self._hooks, memo):  # those of the copy, for it is in the memo
+            hook.remove()
+        copied.set_attn_implementation(self._stock_implementation)
+        return copied
+
+    def _refuse_to_pickle(self, protocol: int) -> Any:
+        raise ConfigError(
+            "got an attached model to pickle, expected a free one: call detach() first, or save it by save_pretrained"
+        )
 
     def _tokens_in(
         self, cache: TieredCache, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -141,30 +183,16 @@ class Attached:
         found = [kwargs.get(name), getattr(given, name, None), getattr(self._model.generation_config, name, None)]
         return next((value for value in found if value is not None), None)
 
-    def _remember(self, cache: TieredCache) -> None:
-        counts = {index: decoder.counts for index, decoder in cache.decoders.items()}
-        known = {id(count) for earlier in self._caches for count in earlier.values()}
-        if not known & {id(count) for count in counts.values()}:
-            self._caches.append(counts)
-        self._fast_bytes = max(self._fast_bytes, cache.fast_bytes())
-        if cache.sharing is not None:
-            self._saved_bytes = max(self._saved_bytes or 0, cache.sharing.saved_bytes())
-        slow = {} if cache.backing is None else cache.backing.tier.used()
-        self._slow_bytes |= {kind: max(size, self._slow_bytes.get(kind, 0)) for kind, size in slow.items()}
-
     def stats(self) -> dict[str, Any]:
-        """Return the counters of all `generate` calls so far, per layer and in all; bytes held are those of the largest."""
-        indices = sorted({index for counts in self._caches for index in counts})
-        result = telemetry.report([telemetry.total([c[i] for c in self._caches if i in c]) for i in indices], indices)
-        result["fast_bytes"] = self._fast_bytes
-        if self._saved_bytes is not None:
-            result["saved_bytes"] = self._saved_bytes
-        return result | ({"slow_bytes": dict(self._slow_bytes)} if self._slow_bytes else {})
+        """Return the counters of all `generate` calls so far, per layer and in all; bytes held are those of the largest.
+
+        `not_sparse` counts the calls that could not use a cache of ours, by reason.
+        """
+        return self._tally.report()
 
     def reset_stats(self) -> None:
         """Forget the counters of earlier calls."""
-        self._caches = []
-        self._fast_bytes, self._slow_bytes, self._saved_bytes = 0, {}, None
+        self._tally = Tally()
 
     def __enter__(self) -> "Attached":
         return self
@@ -175,51 +203,6 @@ class Attached:
         self.detach()
 
 
-def attach(
-    model: PreTrainedModel,
-    budget: int | float | None = None,
-    *,
-    policy: str | Policy[Any] = "predicted",
-    config: CacheConfig | None = None,
-    predictor: Predictor | str | Path | None = None,
-    **overrides: Any,
-) -> Attached:
-    """Switch the sparse path of `model` on, for good or for a `with` block, and return the handle.
-
-    budget: tokens, or a share of the context up to 1 (see `CacheConfig`); config and overrides: all other settings;
-    policy: a name of `attnpred info`, or an instance; predictor: a `Predictor`, a folder or a Hub id.
-    Raises `UnsupportedModelError` and `ConfigError` before the first token.
-
-    Example:
-        with attnpred.attach(model, budget=1024) as attached:
-            model.generate(**inputs)
-            attached.stats()["total"]["tokens_attended"]
-    """
-    if "generate" in vars(model):
-        raise ConfigError(
-            f"got a {type(model).__name__} that is attached already, expected a free one: call detach() on the earlier handle"
-        )
-    refuse_unsupported(model.config)
-    refuse_model(model)
-    if budget is not None:
-        overrides["budget"] = budget
-    settings = make_settings(config, overrides)
-    check_budgets(model.config, settings)
-    chosen = make_policy(policy, predictor, model.config, settings)
-    settings = attend_near(settings, chosen)
-    if make_sharing(model.config, settings, chosen) is None and isinstance(chosen, Pod):
-        logger.warning("got policy 'pod' without layer_groups: no keys are shared, and every step is dense")
-    if isinstance(chosen, Predicted | PaperForecast):
-        chosen.predictor.to(model.device)
-    if not any(is_served(layer) for layer in DynamicCache(config=model.config).layers):
-        why = f"{model.config.model_type} has no full-attention layer: there is nothing to compress"
-        if settings.strict:
-            raise NotSparseError(f"got strict=True, but {why}")
-        logger.warning(why)
-
-    def make_cache() -> TieredCache:
-        cache = TieredCache(model.config, policy=chosen, settings=settings)
-        cache.model = weakref.ref(model)
-        return cache
-
-    return Attached(model, make_cache, strict=settings.strict).activate()
+def _as(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `ours` with the name, the text and the signature of `stock`, at which `generate` looks."""
+    return functools.update_wrapper(functools.partial(ours), stock)

@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicLayer
 
 from attnpred import telemetry
 from attnpred.errors import ConfigError
+from attnpred.hf.gradients import without_gradient
 from attnpred.hf.modes import attending_dtype, without_autocast
 from attnpred.store.base import Store
 
@@ -56,13 +57,15 @@ class TieredLayer(DynamicLayer):
             cache.admit(tokens, batch, self.dtype)
         key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         with without_autocast(key_states.device):
-            self.store.append(key_states, value_states)
+            self.store.append(key_states.detach(), value_states.detach())
         self.reason = None if self.is_prompt else cache.dense_reason(self.index, tokens, self.store.length)
         self.is_sparse = not self.is_prompt and self.reason is None
         if self.reason == telemetry.NOT_ATTACHED:
             cache.decoder(self.index).counts.count_dense(self.reason, tokens, self.store.length, self.store.bytes())
         # Only stock attention needs everything at once; ours reads the store.
-        keys, values = self.store.view() if self.reason == telemetry.NOT_ATTACHED else (key_states, value_states)
+        keys, values = key_states, value_states
+        if self.reason == telemetry.NOT_ATTACHED:
+            keys, values = (without_gradient(x, key_states, value_states) for x in self.store.view())
         self.returned = weakref.ref(keys), weakref.ref(values)
         self.is_awaited = cache.is_attached
         return keys, values

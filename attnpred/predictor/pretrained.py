@@ -42,7 +42,8 @@ class Predictor(nn.Module):
     def __init__(self, config: PredictorConfig | None = None) -> None:
         super().__init__()
         self.config = config or PredictorConfig()
-        self.network = NETWORKS[self.config.kind](self.config)
+        with torch.random.fork_rng(devices=[]):  # weights that are loaded in a moment take no number from the caller
+            self.network = NETWORKS[self.config.kind](self.config)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return fp32 scores [B, Hs, C] for `rows` [B, Hs, H, C], oldest row first; any float dtype goes in."""

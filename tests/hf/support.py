@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attnpred.config import CacheConfig
 from attnpred.hf import cache_argument
+from attnpred.hf.cache_argument import take_cache
 from attnpred.policies import POLICIES, FastGen, SepLLM
 from attnpred.policies.base import Policy
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
@@ -36,8 +37,9 @@ def offloaded(settings: CacheConfig, offload: str | None, folder: Path) -> Cache
 def greedy(model: PreTrainedModel, tokens: Tensor, new: int = 24, **settings: Any) -> Tensor:
     """Return prompt and `new` tokens, [B, L + new]; `tokens` [B, L] are not padded unless an attention_mask says so."""
     settings.setdefault("attention_mask", torch.ones_like(tokens))
-    if "cache" in settings:
-        settings |= cache_argument(settings.pop("cache"))
+    cache = take_cache(settings)
+    if cache is not None:
+        settings |= cache_argument(cache)
     return model.generate(tokens, do_sample=False, max_new_tokens=new, **settings)  # type: ignore[no-any-return]
 
 

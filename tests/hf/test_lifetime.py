@@ -18,7 +18,7 @@ import torch
 
 import attnpred
 from attnpred.errors import StoreError, TierFullError
-from attnpred.hf import TieredCache
+from attnpred.hf import TieredCache, cache_argument
 from attnpred.hf.attention import attention
 from attnpred.hf.layer import TieredLayer
 from attnpred.store import records
@@ -36,7 +36,7 @@ STEPS = prompt(1, 6, 1).split(1, 1)
 
 USES: dict[str, Callable[[TieredCache, Path], Any]] = {
     "step": lambda cache, _: logits(tiny_model("llama"), cache, STEPS[0]),
-    "generate": lambda cache, _: tiny_model("llama").generate(DOCUMENT, past_key_values=cache, max_new_tokens=2),
+    "generate": lambda cache, _: tiny_model("llama").generate(DOCUMENT, **cache_argument(cache), max_new_tokens=2),
     "save": lambda cache, folder: cache.save(folder / "file.kv"),
     "fork": lambda cache, _: cache.fork(),
     "deepcopy": lambda cache, _: copy.deepcopy(cache),

@@ -16,9 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import attnpred
 from attnpred.errors import CacheFileError
-from attnpred.hf import TieredCache
-from attnpred.hf.cache import RUNNING
-from attnpred.hf.cache_argument import cache_argument
+from attnpred.hf import TieredCache, cache_argument
 from attnpred.hf.weights import alike, answers, hash_samples
 from tests.hf.support import SMALL
 from tests.hf.test_fork import logits
@@ -213,14 +211,13 @@ def test_marking_leaves_everything_as_it_was(tmp_path: Path) -> None:
 
 def test_a_cache_knows_the_attached_model_that_filled_it(tmp_path: Path) -> None:
     mine, tokens = model(), prompt(1, 40)
-    RUNNING.set(None)
     with attnpred.attach(mine, policy="ema", config=SMALL) as handle:
         by_hand = TieredCache(mine.config, policy="ema", settings=SMALL)
-        mine(tokens, past_key_values=by_hand)
+        mine(tokens, cache=by_hand)
         embedded = handle.new_cache()
-        mine(inputs_embeds=mine.get_input_embeddings()(tokens).detach(), past_key_values=embedded)
+        mine(inputs_embeds=mine.get_input_embeddings()(tokens).detach(), cache=embedded)
         generated = TieredCache(mine.config, policy="ema", settings=SMALL)
-        mine.generate(tokens, past_key_values=generated, max_new_tokens=2)
+        mine.generate(tokens, cache=generated, max_new_tokens=2)
     for cache in (by_hand, by_hand.fork(), embedded, generated):
         assert cache.model is not None and cache.model() is mine
         cache.save(tmp_path / "a.kv")

@@ -103,12 +103,8 @@ def test_an_encoder_decoder_is_refused_as_one() -> None:
 
 
 def test_a_fixed_attention_is_refused_by_name() -> None:
-    config = AutoConfig.for_model(
-        "codegen", vocab_size=97, n_embd=32, n_layer=1, n_head=4, n_positions=64, rotary_dim=8
-    )
-    with pytest.raises(
-        UnsupportedModelError, match="got CodeGenForCausalLM, which does not let its attention be replaced"
-    ):
+    config = AutoConfig.for_model("mpt", vocab_size=97, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
+    with pytest.raises(UnsupportedModelError, match="got MptForCausalLM, which does not let its attention be replaced"):
         attnpred.attach(AutoModelForCausalLM.from_config(config), policy="ema")
 
 

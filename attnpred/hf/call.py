@@ -21,7 +21,8 @@ from attnpred.hf.cache_argument import NAMES, cache_argument, take_cache
 class Call:
     """A call of `module`, of `model` or a part of it, with `cache`, which held `held` tokens before.
 
-    tokens: ids [B, Q] that the embedding was called with, if it was; queries: of its masks.
+    tokens: ids [B, Q] that the embedding was called with, if it was; queries: how many it has, as its input or its masks
+    tell (masks of a static cache are made before the call).
     """
 
     model: "weakref.ref[PreTrainedModel]"
@@ -50,7 +51,9 @@ def watch(
         running = CALL.get()
         if running is None or running.module is module:
             cache = _rename(kwargs)
-            call = Call(reference, module, cache, cache.get_seq_length() if isinstance(cache, Cache) else 0)
+            embedded = kwargs.get("inputs_embeds")
+            held = cache.get_seq_length() if isinstance(cache, Cache) else 0
+            call = Call(reference, module, cache, held, queries=0 if embedded is None else embedded.shape[1])
             enter(call, kwargs)
             CALL.set(call)
         return args, kwargs
@@ -66,6 +69,8 @@ def watch(
         call = CALL.get()
         if call is not None:
             call.tokens = args[0] if args else None
+            if call.tokens is not None:
+                call.queries = max(call.queries, call.tokens.shape[-1])
 
     handles = [model.get_input_embeddings().register_forward_pre_hook(note)]
     for part in _callable_parts(model):

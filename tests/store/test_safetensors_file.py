@@ -358,7 +358,7 @@ def test_a_header_of_other_bytes_is_read_or_refused(tmp_path: Path, data: st.Dat
 
 def test_no_file_and_no_tensor_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(CacheFileError, match=f"for {path}, expected a saved cache"):
+        with pytest.raises(CacheFileError, match=f"{path}, .*expected a saved cache|{path}, expected a saved cache"):
             SafetensorsFile(path)
     file = SafetensorsFile(save(tmp_path / "a"))
     for ask in (file.tensor, file.shape, file.dtype, file.place):

@@ -11,7 +11,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from attnpred.checks import whole
 from attnpred.config import CacheConfig
+from attnpred.errors import CacheFileError
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.probe import block_logits
 from attnpred.policies.base import Policy, View
@@ -192,7 +194,7 @@ class Chooser:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from the `state` of another, whose tensors are this one's from now on."""
         self.clear()
-        self.steps, self.first_block = state["steps"], state.get("first_block")
+        self.steps, self.first_block = whole("steps", state["steps"], error=CacheFileError), state.get("first_block")
         self.left.restore(inside("left.", state))
         self.settled = zone_at(self.config, state["settled"]) if "settled" in state else None
         self.pending, self.attended = (

@@ -16,15 +16,18 @@ from typing import Any, final
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from attnpred.checks import shown
 from attnpred.config import CacheConfig
 from attnpred.errors import CacheFileError, ConfigError
-from attnpred.hf.choose import fingerprint, make_policy
+from attnpred.hf.choose import fingerprint, make_policy, make_settings
+from attnpred.hf.header_types import FITS
 from attnpred.hf.modes import attending_dtype
 from attnpred.hf.weights import alike, answers, hash_samples
 from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.predictor.pretrained import Predictor, shipped
+from attnpred.reading import parse_json
 
 FORMAT = "2"
 _MARK, _SUM = "attnpred_cache", "sum"  # beside the fields: version of the format, and a hash of all the others
@@ -101,7 +104,13 @@ class Header:
         names = {field.name for field in fields(cls)}
         if metadata.get(_SUM) != _sha256(_json(texts).encode()) or set(texts) != names | {_MARK}:
             raise CacheFileError(f"got a damaged header in {path}, expected it as it was saved: save the cache again")
-        return cls(**{name: json.loads(texts[name]) for name in names})
+        expected = "a header as it was saved"
+        found = {name: parse_json(texts[name], f"{name} of {path}", expected, CacheFileError) for name in names}
+        if wrong := sorted(name for name in names if not FITS[name](found[name])):
+            raise CacheFileError(
+                f"got {shown(found[wrong[0]])} for {wrong[0]} in {path}, expected {expected}: save it again"
+            )
+        return cls(**found)
 
     def require(self, config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> None:
         """Raise `CacheFileError` unless a model of that config and kind of numbers could have made it."""
@@ -131,7 +140,7 @@ class Header:
             raise ConfigError(
                 f"got setting {fixed[0]!r}, expected one of {', '.join(sorted(FREE))}: a saved cache depends on the others"
             )
-        return CacheConfig(**(self.settings | dict(overrides)))
+        return make_settings(None, self.settings | dict(overrides))
 
     def find_policy(
         self,
@@ -147,7 +156,12 @@ class Header:
                 f"got {path} of policy {self.policy}, expected one that comes with attnpred: pass policy=, an equal one"
             )
         if policy is None and self.predictor is None:
-            policy = POLICIES[self.policy](**self.policy_settings)
+            try:
+                policy = POLICIES[self.policy](**self.policy_settings)
+            except TypeError as error:  # other fields, or types, than the policy has
+                raise CacheFileError(
+                    f"got policy {self.policy} with {error} in {path}, expected it as it was saved"
+                ) from error
         if policy is None:
             known = shipped().values() if predictor is None else ()
             candidates = (Predictor.from_pretrained(place) for place in known)

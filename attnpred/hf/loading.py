@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnpred.config import CacheConfig
-from attnpred.errors import CacheFileError, ShapeError
+from attnpred.errors import AttnpredError, CacheFileError, ShapeError
 from attnpred.hf.cache import TieredCache
 from attnpred.hf.header import Header
 from attnpred.hf.layer import TieredLayer
@@ -106,7 +106,15 @@ def _begin(
     if not kept:
         return _of(model, TieredCache(model.config, policy=policy, settings=settings))
     cache = _of(model, TieredCache(model.config, policy=policy, settings=settings, saved=SavedTier(file)))
-    _fill(cache, file, header, model.device)
+    try:
+        _fill(cache, file, header, model.device)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, AttnpredError):
+            raise
+        # Its sums are right, so somebody wrote it that way.
+        raise CacheFileError(
+            f"got {file.path}, which no cache fits ({error!r}), expected one of `cache.save`"
+        ) from error
     cache.tokens = ids
     if kept < header.length:
         cache.crop(kept - header.length)
@@ -133,6 +141,8 @@ def _fill(cache: TieredCache, file: SafetensorsFile, header: Header, device: tor
                 layer.lazy_initialization(keys, values)
                 layer.store.adopt(_sealed(file, header, backing, index, keys, values), keys, values)
             else:
+                if said["sliding_window"] != layer.sliding_window or type(said["record_past"]) is not bool:  # type: ignore[union-attr]
+                    raise _damaged(f"{name}keys", file)
                 _fill_window(layer, said, keys, values)
             if layer.get_seq_length() != header.length:  # type: ignore[union-attr]
                 raise _damaged(f"{name}keys", file)

@@ -3,8 +3,10 @@
 The reference is always the cache that was saved: it goes on, and so does the loaded one, with the same tokens.
 """
 
+import copy
 import json
 import os
+import random
 import signal
 import stat
 import subprocess
@@ -621,3 +623,56 @@ def test_the_layout_is_what_a_reader_expects() -> None:
         "tokens",
         ("sliding_window", "cumulative_length", "record_past"),
     )
+
+
+VALUES = [None, True, -1, 0, 10**30, 1.5, "", "x", [], [1], {}, {"a": 1}, [[None]], "9" * 400]
+
+
+def parts(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield where each part of a value of JSON is, the first two of a list."""
+    yield place
+    if isinstance(value, dict):
+        for name in value:
+            yield from parts(value[name], (*place, name))
+    elif isinstance(value, list):
+        for index in range(min(len(value), 2)):
+            yield from parts(value[index], (*place, index))
+
+
+def changed(value: Any, place: tuple[Any, ...], new: Any) -> Any:
+    if not place:
+        return new
+    value = copy.copy(value)
+    value[place[0]] = changed(value[place[0]], place[1:], new)
+    return value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_header_that_somebody_wrote_is_one_error(family: str, tmp_path: Path) -> None:
+    """Its sum is right, and any part of it is of another type or beyond all bounds: never an error of another kind."""
+    model, done = tiny_model(family), [0, 0]
+    with attnpred.attach(model, policy="ema", config=SMALL) as handle:
+        with handle.new_cache() as cache, torch.no_grad():
+            model(prompt(1, 60), past_key_values=cache)
+            cache.save(tmp_path / "a.kv", prompt(1, 60))
+        raw = (tmp_path / "a.kv").read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        content, data = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+        chance = random.Random(1)
+        for field in sorted(set(content["__metadata__"]) - {header._SUM, header._MARK}):
+            value = json.loads(content["__metadata__"][field])
+            for place in parts(value):
+                for new in chance.sample(VALUES, 3):
+                    texts = content["__metadata__"] | {field: json.dumps(changed(value, place, new))}
+                    del texts[header._SUM]
+                    texts[header._SUM] = header._sha256(header._json(texts).encode())
+                    text = json.dumps(content | {"__metadata__": texts}).encode()
+                    (tmp_path / "b.kv").write_bytes(len(text).to_bytes(8, "little") + text + data)
+                    try:
+                        TieredCache.load(tmp_path / "b.kv", model).close()
+                        done[0] += 1  # what only says something, or could be so
+                    except AttnpredError as error:
+                        assert "\n" not in str(error) and len(str(error)) < 600
+                        done[1] += 1
+    assert done[0] < done[1] > 100

@@ -22,13 +22,13 @@ demo: $(READY) ## a real model reads a book, and answers with all of its cache a
 	.venv/bin/attnpred demo --figure attention.png
 
 test: $(READY) ## all tests
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q --numprocesses auto --dist loadfile
 
 test-real: $(READY) ## tests of a real model, which the package index has to give
 	$(PY) -m pytest -q -m real tests/real
 
 check: $(READY) ## the quick tests, under a minute
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q --numprocesses auto --dist loadfile -m "not slow"
 
 test-versions: $(READY) ## the quick tests with the oldest transformers that is supported, one between, and the newest
 	$(PY) -m pip install --quiet --disable-pip-version-check uv

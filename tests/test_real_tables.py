@@ -35,7 +35,7 @@ ROWS = [
 
 def test_a_task_at_chance_is_named_and_not_compared() -> None:
     shown = real_tables.full_cache(ROWS)
-    assert "| smollm2 | vt | 2,048 | 4 | 0.25 [0.00, 0.25] | at chance: left out" in shown
+    assert "| smollm2 | vt | 2,048 | 4 | 0.25 [0.00, 0.25] | its interval reaches chance: left out" in shown
     compared = real_tables.comparison(ROWS, "smollm2", 2048)
     assert "| `quest` | 1/13 | 131 | 0.50 [0.50, 0.50] |" in compared and "vt" not in compared
 

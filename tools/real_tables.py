@@ -44,7 +44,7 @@ def full_cache(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         if row["policy"] == "full" and not row["lower_is_better"]:
-            verdict = "compared" if can(row) else "at chance: left out of every comparison"
+            verdict = "compared" if can(row) else "its interval reaches chance: left out"
             lines.append(
                 [row["model"], named(row["task"]), f"{row['length']:,}", str(row["n"]), measured(row), verdict],
             )

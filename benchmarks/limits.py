@@ -56,10 +56,10 @@ class ColdMemory:
         self.stream()  # compiles, and wakes the threads
         self.blocks(4096)
 
-    def stream(self) -> float:
-        """Read the next quarter."""
-        self.turn = (self.turn + 1) % 4
-        part = self.words.chunk(4)[self.turn]
+    def stream(self, parts: int = 4) -> float:
+        """Read the next one of so many parts."""
+        self.turn = (self.turn + 1) % parts
+        part = self.words.chunk(parts)[self.turn]
         return self._timed(part, None, STREAM_PIECE, part.numel() * 8)
 
     def blocks(self, block_bytes: int) -> float:

@@ -11,7 +11,7 @@ pytest.importorskip("numba")
 
 CHECK = """
 import torch
-from attnpred.kernels import numba_decode, numba_digest, digest
+from attnpred.kernels import linear, numba_decode, numba_digest, numba_linear, digest
 from attnpred.kernels.reference import sparse_decode as reference
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -26,6 +26,10 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 codes, query = digest.pack(torch.randn(2, 200, 32)), torch.randn(2, 4, 32) * 0.2
 got, want = numba_digest.digest_shares(query, codes, 2), digest.digest_shares_reference(query, codes, 2)
 assert (got - want).abs().mean() < 0.05, (got - want).abs().mean()
+for bits in (8, 4):
+    weight, x = linear.pack(torch.randn(37, 80), bits), torch.randn(5, 80)
+    got, want = numba_linear.Matrices([weight], [None], x.dtype).product(x), linear.product(x, weight)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
 print("same")
 """
 

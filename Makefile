@@ -49,8 +49,8 @@ evidence: $(READY) ## measure what docs/policies.md and docs/evidence.md show; h
 	$(PY) -m tools.evidence
 	$(MAKE) --no-print-directory docs
 
-evidence-real: $(READY) ## the same for real models, which the package index has to give; goes on where it was stopped
-	$(PY) -m tools.evidence_real
+evidence-real: $(READY) ## the same for real models, which the package index has to give; FILES= names a folder of task files
+	$(PY) -m tools.evidence_real $(if $(FILES),--files $(FILES))
 	$(MAKE) --no-print-directory docs
 
 docs: $(READY) ## rewrite what is generated: cli.md, speed.md, policies.md, evidence.md, tables of README.md and predictor.md

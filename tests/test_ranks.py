@@ -24,7 +24,7 @@ LAYERS = (  # highest first; those on one line never import each other
     ("policies", "store"),
     ("predictor",),
     ("kernels", "config", "telemetry"),
-    ("files", "shapes", "folders", "reading"),
+    ("files", "shapes", "folders", "reading", "row_check"),
     ("checks",),
     ("errors",),
 )

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from attnpred.cli.main import main as attnpred
+from attnpred.row_check import CHECK
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 RIVALS = (
@@ -54,7 +55,8 @@ def run(out: Path, texts: list[str], *arguments: str) -> list[dict[str, object]]
 
 def compact(row: dict[str, object], keep_heads: bool) -> str:
     """Return the row as a line; figures per head only where a table needs them, and no items: `documents` are theirs."""
-    row = {key: value for key, value in row.items() if key != "items" and (not key.endswith("by_head") or keep_heads)}
+    kept = {key: value for key, value in row.items() if not key.endswith("by_head") or keep_heads}
+    row = {key: value for key, value in kept.items() if key not in ("items", CHECK)}  # of the row as it was
     rounded = json.loads(json.dumps(row), parse_float=lambda text: round(float(text), 5))
     return json.dumps(rounded) + "\n"
 

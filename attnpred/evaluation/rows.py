@@ -5,7 +5,8 @@ as it lives, so that a second run is refused rather than measures everything aga
 piece and forced to the disk; where that fails (a full disk), they wait in memory and are tried again with the next cell's.
 `part` and `parts` of a row say which row of its cell it is. Whatever ends a process in the middle of a write leaves a torn
 tail: the beginning of a row, or a cell without its last row. It is cut off when the file is claimed again, and that cell is
-done anew. A file with anything else in it is refused, and left as it is.
+done anew. A file with anything else in it, or with a row that was changed (`attnpred.row_check`), is refused, and left as it
+is.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import Any, final
 from attnpred.errors import AttnpredError, ConfigError
 from attnpred.files import put, target
 from attnpred.reading import ROWS_BYTES, parse_json, read_bytes
+from attnpred.row_check import require_unchanged, with_check
 
 try:
     import fcntl
@@ -73,7 +75,7 @@ class RowsFile:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write the rows of one cell, whole, and what still waits before them; see `problem`."""
-        made = [row | {"part": i, "parts": len(rows)} for i, row in enumerate(rows)]
+        made = [with_check(row | {"part": i, "parts": len(rows)}) for i, row in enumerate(rows)]
         self._waiting.append("".join(json.dumps(row, allow_nan=False) + "\n" for row in made).encode())
         self.rows += made
         self._write_waiting()
@@ -199,4 +201,5 @@ def _row(line: bytes, path: Path, number: int) -> Row:
     counts = row["part"], row["parts"]
     if not are_items or any(type(count) is not int for count in counts) or not 0 <= counts[0] < counts[1]:
         raise refused
+    require_unchanged(row, f"{path} line {number}")
     return row

@@ -124,9 +124,11 @@ class StreamedRows(Streamed):
             if missing:
                 logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
             pieces = logits.unflatten(-1, (count, self.block_size))
-            sums = pieces.logsumexp(-1)
-            self.shown[:, :, rows, first : first + count] = sums if self.total else pieces.amax(-1)
-            self.normaliser[:, :, rows] = torch.logaddexp(self.normaliser[:, :, rows], sums.logsumexp(-1))
+            shown = pieces.logsumexp(-1) if self.total else pieces.amax(-1)
+            self.shown[:, :, rows, first : first + count] = shown
+            # Over a piece at once where blocks need no sums: a reduction of sixteen takes twice as long.
+            normaliser = (shown if self.total else logits).logsumexp(-1)
+            self.normaliser[:, :, rows] = torch.logaddexp(self.normaliser[:, :, rows], normaliser)
 
     def result(self, selecting: int | None = None) -> Tensor:
         """Return [B, Hs, Q, N], the maximum over the query heads that select together; without `selecting` [B, Hq, Q, N]."""

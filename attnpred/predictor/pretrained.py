@@ -1,22 +1,28 @@
 """`Predictor`: a network with the facts that say what it was trained for, and its way to and from disk and the Hub.
 
 A saved predictor is a folder: `model.safetensors` (weights, fp32; of a gate fp16) and `config.json` (`PredictorConfig`).
+The metadata of the weights hold a check value of both files: weights or settings that a disk changed would choose other
+blocks without a word. Without one (not written here) a predictor is read as it is.
 Nothing in it is executed when it is read. The authors' checkpoints are pickles; they are read by the restricted unpickler,
 which builds tensors and refuses everything else.
 """
 
+import ctypes
+import dataclasses
+import hashlib
+import json
 import os
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from attnpred.errors import PredictorError
-from attnpred.files import make_folder, write_bytes, write_text
+from attnpred.files import make_folder, put, replacing, write_text
 from attnpred.predictor.card import model_card
 from attnpred.predictor.cnn import PaperCNN
 from attnpred.predictor.predictor_config import CARD, CONFIG, HUB_ID, NETWORKS, WEIGHTS, PredictorConfig
@@ -32,6 +38,8 @@ SMALLEST_WIDTH = 3
 LARGEST = 1e4
 """The largest weight: those that come with the package reach 38, and half precision ends at 65504."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CHECK = "check"
+"""The name of the check value in the metadata of the weights."""
 SHOWN = 8
 """Faults of a file that are named."""
 
@@ -94,9 +102,12 @@ class Predictor(nn.Module):
         """
         folder = Path(directory)
         make_folder(folder)
-        tensors = self.network.state_dict().items()
-        write_bytes(folder / WEIGHTS, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors}))
-        write_text(folder / CONFIG, self.config.to_json())
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        data = save(tensors, {CHECK: check_value(self.config, tensors)})
+        # Both are on their way before either takes its name: a full disk leaves what was there.
+        with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:
+            put(weights, data)
+            put(config, self.config.to_json().encode())
         return folder
 
     @classmethod
@@ -120,7 +131,8 @@ class Predictor(nn.Module):
         text = read_text(files[CONFIG], "a config: save it again", JSON_BYTES, PredictorError)
         config = PredictorConfig.from_json(text, str(files[CONFIG]))
         try:
-            tensors = load_file(files[WEIGHTS])
+            with safe_open(files[WEIGHTS], "pt") as file:
+                tensors, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise PredictorError(
                 f"got a damaged {files[WEIGHTS]} ({error}), expected a safetensors file: copy or train it again"
@@ -128,6 +140,11 @@ class Predictor(nn.Module):
         _check_size(config, tensors, str(files[WEIGHTS]))
         predictor = cls(config)
         predictor._fill(tensors, str(files[WEIGHTS]))
+        if CHECK in said and said[CHECK] != check_value(config, tensors):
+            raise PredictorError(
+                f"got {str(folder)!r} whose {CONFIG} or {WEIGHTS} was changed after they were saved, expected both as they "
+                "were: copy or train it again"
+            )
         return predictor
 
     @classmethod
@@ -193,6 +210,19 @@ class Predictor(nn.Module):
                 f"got {source} with {', '.join(wrong[:SHOWN])}{more}, expected {expected}: train it again"
             )
         self.network.load_state_dict(tensors)
+
+
+def check_value(config: PredictorConfig, tensors: dict[str, Tensor]) -> str:
+    """Return the check value of a predictor: of what its config says, and of its weights, contiguous in host memory."""
+    fields = dataclasses.fields(config)
+    said = {field.name: getattr(config, field.name) for field in fields if getattr(config, field.name) != field.default}
+    found = hashlib.sha256(
+        json.dumps(said, sort_keys=True).encode()
+    )  # a field that a later version adds changes nothing
+    for name in sorted(tensors):
+        found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        found.update(ctypes.string_at(tensors[name].data_ptr(), tensors[name].nbytes))
+    return found.hexdigest()
 
 
 def _check_size(config: PredictorConfig, tensors: dict[str, Tensor], source: str) -> None:

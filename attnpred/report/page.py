@@ -23,6 +23,7 @@ from attnpred.report.style import SCRIPT, STYLE
 from attnpred.report.summary import headline, sentences
 from attnpred.report.svg import Picture
 from attnpred.report.words import difference, measured, verdict
+from attnpred.row_check import CHECK
 
 OPEN = 4
 """Places that are shown unfolded."""
@@ -33,7 +34,7 @@ FIGURES = {  # keys of a row that have a column in the table of rows
     "recovery_ratio": "recovery ratio",
 }  # fmt: skip
 NOT_SETTINGS = (*FIGURES, "model", "policy", "budget", "task", "text", "length", "metric", "value", "interval", "n",
-                "against_full", "items")  # fmt: skip
+                "against_full", "items", CHECK)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

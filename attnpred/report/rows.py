@@ -14,6 +14,7 @@ from typing import Any
 from attnpred.checks import is_finite
 from attnpred.errors import ConfigError
 from attnpred.reading import ROWS_BYTES, parse_json, read_text
+from attnpred.row_check import require_unchanged
 
 Raw = dict[str, Any]
 COSTS = ("ms_per_token", "bytes_per_step", "fast_bytes")
@@ -116,6 +117,7 @@ def _row(line: str, where: str) -> Row:
     raw = parse_json(line, where, "one object: run `attnpred eval` again if it was cut short")
     if not isinstance(raw, dict):
         raise ConfigError(f"got {where} with {_short(raw)}, expected an object with {_names(NEEDED)}")
+    require_unchanged(raw, where)
     for name, (check, _) in NEEDED.items():
         if name not in raw:
             raise ConfigError(f"got {where} without {name!r}, expected {_names(NEEDED)}")

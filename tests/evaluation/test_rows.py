@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from attnpred.errors import ConfigError, OutputError
 from attnpred.evaluation.rows import RowsFile, as_json, key_of, load_rows
+from attnpred.report.rows import read_rows
 
 
 def row(policy: str, task: str = "facts", text: str = "") -> dict[str, Any]:
@@ -191,3 +192,24 @@ def test_the_folder_must_exist(tmp_path: Path) -> None:
         RowsFile(tmp_path / "no" / "rows.jsonl")
     with pytest.raises(OutputError, match="which is a folder, expected a file or a new name"):
         written(tmp_path)
+
+
+def test_a_changed_value_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    written(path, *CELLS)
+    changed = path.read_bytes().replace(b'"policy": "quest", "budget": 0.1', b'"policy": "quest", "budget": 0.3')
+    path.write_bytes(changed)
+    for read in (load_rows, written, lambda one: read_rows([one])):
+        with pytest.raises(ConfigError, match=r"line 4 with values that were changed after it was measured"):
+            read(path)
+    assert path.read_bytes() == changed
+
+
+def test_other_spaces_and_keys_in_another_order_change_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = written(path, *CELLS).rows
+    path.write_text("".join(json.dumps(dict(reversed(one.items())), separators=(",", ":")) + "\n" for one in rows))
+    assert load_rows(path) == rows and len(read_rows([path])) == 4
+    bare = [{name: value for name, value in one.items() if name != "check"} for one in rows]
+    path.write_text("".join(json.dumps(one) + "\n" for one in bare))  # of another program
+    assert load_rows(path) == bare

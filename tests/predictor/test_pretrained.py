@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from attnpred.errors import OutputError, PredictorError, ShapeError
@@ -302,3 +303,25 @@ def test_the_card_tells_the_facts() -> None:
     assert card.startswith("---\nlibrary_name: attnpred\n") and "\nbase_model: owner/model\n" in card
     assert "* Trained on: prose" in card and card.endswith("\n## More\n")
     assert "base_model:" not in model_card(PredictorConfig(base_model="a model"))
+
+
+def test_what_was_changed_after_it_was_saved_is_refused(saved: Path) -> None:
+    """A config that would do, and weights of the right shape, but not those that were saved."""
+    text, data = (saved / "config.json").read_text(), (saved / "model.safetensors").read_bytes()
+    (saved / "config.json").write_text(text.replace('"history": 48', '"history": 49'))
+    refused(saved, "whose config.json or model.safetensors was changed after they were saved", "copy or train it again")
+    (saved / "config.json").write_text(json.dumps(json.loads(text), indent=None))  # other spaces say the same
+    Predictor.from_pretrained(saved)
+    (saved / "model.safetensors").write_bytes(data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])
+    refused(saved, "whose config.json or model.safetensors was changed after they were saved")
+
+
+def test_a_predictor_of_another_program_needs_no_check_value(predictor: Predictor, saved: Path) -> None:
+    save_file({name: x.contiguous() for name, x in predictor.network.state_dict().items()}, saved / "model.safetensors")
+    assert same(Predictor.from_pretrained(saved), predictor)
+
+
+def test_shipped_predictors_have_a_check_value() -> None:
+    for folder in shipped().values():
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert "check" in file.metadata()

@@ -150,8 +150,8 @@ def _readable(path: Path) -> Iterator[None]:
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")
         raise UnsupportedModelError(
-            f"got {path}, expected a GGUF file that transformers {transformers.__version__} reads: "
-            f"{type(error).__name__}: {first}"
+            f"got {path}, expected a whole GGUF file that transformers {transformers.__version__} reads: copy it again if it "
+            f"was cut off, else it is of a kind that is not known here ({type(error).__name__}: {first})"
         ) from error
 
 

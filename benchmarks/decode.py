@@ -1,6 +1,6 @@
 """Milliseconds of a decode step: the floor, what stock torch and transformers can do, our own dense path, and `predicted`.
 
-    attnpred bench decode [--shapes 1b] [--contexts 4096 16384 32768 65536] [--dtypes bfloat16] [--budget 1024] [--json]
+    attnpred bench decode [--shapes 1b] [--contexts 4096 16384 32768 65536] [--dtypes bfloat16] [--weights int8] [--json]
 
 Theory first. A step reads the weights once, which the floor does too (`benchmarks.baselines`: the same model without
 attention); a dense step also reads keys and values of every token, a sparse one those of its budget, and its digests. So
@@ -27,6 +27,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from attnpred.config import CacheConfig
 from attnpred.evaluation.book import demo_book
-from attnpred.hf import TieredCache, load_model
+from attnpred.hf import TieredCache, load_model, pack_weights
 from benchmarks.baselines import FloorLayer, Variant, make_variants, step, switchable
 from benchmarks.environment import environment
 from benchmarks.models import DTYPES, SHAPES, fill, random_model, row_bytes
@@ -86,6 +87,11 @@ def check(tokens: int = 200, steps: int = 8) -> float:
         if cache.stats()["total"]["sparse_steps"] != steps * model.config.num_hidden_layers:
             sys.exit("got dense steps of predicted, expected sparse ones: no times taken")
     return most
+
+
+def packed(model: Any, kind: str | None) -> AbstractContextManager[object]:
+    """Return a `with` block in which the weights are packed in `kind`; None: they stay as they are."""
+    return nullcontext() if kind is None else pack_weights(model, kind)
 
 
 def read_prompt(model: Any, variant: Variant, tokens: Tensor) -> None:
@@ -167,7 +173,7 @@ def run_demo(names: tuple[str, ...], args: argparse.Namespace) -> tuple[dict[str
     steps = args.steps or DEMO_STEPS
     text = tokenizer(demo_book(), return_tensors="pt", verbose=False)["input_ids"]
     capacity = context + args.rounds * steps + 1
-    with switchable(model):
+    with packed(model, args.weights), switchable(model):
         variants = make_variants(model, names, capacity, settings_for(args.budget), args.policies)
         for variant in variants:
             read_prompt(model, variant, text[:, :context])
@@ -182,7 +188,7 @@ def run_random(
     """Run a model with random weights; beside the longest context also `predicted` at the shortest (`SHORT`)."""
     steps = args.steps or 1
     capacity = context + args.rounds * steps + 1
-    with switchable(model):
+    with packed(model, args.weights), switchable(model):
         variants = make_variants(model, names, capacity, settings_for(args.budget), args.policies)
         fill([variant.cache for variant in variants], model.config, context, DTYPES[dtype])
         if "predicted" in names and context == max(args.contexts) > min(args.contexts):
@@ -240,6 +246,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=1024, help="tokens, or a share up to 1")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--policies", type=lambda text: text.split(","), default=[], help="further policies, by commas")
+    parser.add_argument(
+        "--weights", choices=("int8", "int4"), default=None, help="pack those of linear layers, in all variants"
+    )
     parser.add_argument("--layers", type=int, default=None, help="layers of random models (8b has 2 by default)")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=None, help="steps of a variant in each round")
@@ -281,6 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
         "ratios": compared,
         "growth": growth(rows, compared),
         "budget": args.budget,
+        "weights": args.weights,
         "check_logits": error,
     }
     for entry in found["growth"]:

@@ -23,6 +23,7 @@ def about_text(
     predictor: str | None,
     config: CacheConfig,
     dtype: str,
+    weights: str | None = None,
     most: int | None = None,
     kept: int | None = None,
     chunk: int | None = None,
@@ -50,7 +51,7 @@ def about_text(
     chosen = make_policy(policy, predictor, lm.config, config)
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     reader = Reader(lm, KeptTexts.of_user(LIMIT if limit is None else limit), Bar(), chunk or CHUNK)
-    with attach(lm, policy=chosen, config=config):
+    with attach(lm, policy=chosen, config=config, weights=weights):
         if most is not None:
             text = beginning(tokenizer, text, most)
         conversation = Conversation(reader, tokenizer, text, chosen, config, context)

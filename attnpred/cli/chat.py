@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from attnpred import checks
-from attnpred.cli.options import DtypeOption, cache_options
+from attnpred.cli.options import DtypeOption, WeightsOption, cache_options
 from attnpred.config import CacheConfig
 
 
@@ -25,6 +25,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     max_document_tokens: Annotated[
         int | None, typer.Option(help="Read only so many tokens of the document; left out: all of it, or refuse it.")
     ] = None,
@@ -53,6 +54,7 @@ def chat(
         policy=policy,
         predictor=predictor,
         config=config,
+        weights=weights,
         dtype=dtype,
         most=max_document_tokens,
         kept=keep_limit,

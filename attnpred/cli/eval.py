@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from attnpred.cli.options import DtypeOption, cache_options
+from attnpred.cli.options import DtypeOption, WeightsOption, cache_options
 from attnpred.cli.words import floats, words
 from attnpred.config import CacheConfig
 
@@ -53,6 +53,7 @@ def evaluate(
     ] = False,
     devices: Annotated[str | None, typer.Option(help="One process each: cuda:0,cuda:1. [the GPU or CPU]")] = None,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and leave.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
@@ -82,6 +83,7 @@ def evaluate(
         lengths=tuple(int(size) for size in sizes),
         config=config,
         dtype=dtype,
+        weights=weights,
         seed=seed,
         documents=documents or (chosen.documents if chosen else None),
         steps=steps or (chosen.steps if chosen else 128),

@@ -7,7 +7,7 @@ import typer
 
 from attnpred import checks
 from attnpred.cli.about_text import about_text, tell
-from attnpred.cli.options import DtypeOption, cache_options
+from attnpred.cli.options import DtypeOption, WeightsOption, cache_options
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.reading import read_text
@@ -39,6 +39,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     prefill_chunk: Annotated[
         int | None,
         typer.Option(help="Read the prompt in pieces of so many tokens; left out: all at once."),
@@ -58,7 +59,7 @@ def generate(
     text = read_text(prompt_file)
     if not text.strip():
         raise ConfigError(f"got an empty prompt in {prompt_file}, expected some text")
-    way = {"policy": policy, "predictor": predictor, "config": config}
+    way = {"policy": policy, "predictor": predictor, "config": config, "weights": weights}
     drawn: dict[str, Any] = {"new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if chat or document is not None:
         done = _answer(
@@ -79,6 +80,13 @@ def generate(
                 f"layer {layer['layer']:>3}: attended {layer['tokens_attended']:.0f} of {layer['context_tokens']:.0f} tokens per step, "
                 f"read {layer['bytes_read'] + layer['calibration_bytes'] + layer['digest_bytes']:,} of {layer['full_bytes']:,} KV bytes "
                 f"({layer['compression']:.1f}x less), dense {layer['dense'] or 'never'}",
+                file=sys.stderr,
+            )
+        if "weights" in counters:
+            packed = counters["weights"]
+            left = "".join(f", {count} {name} left" for name, count in packed["left"].items())
+            print(
+                f"weights: {packed['layers']} layers as {packed['kind']}, {packed['bytes']:,} bytes{left}",
                 file=sys.stderr,
             )
         print(f"fast memory: {counters['fast_bytes']:,} bytes", file=sys.stderr)

@@ -23,6 +23,15 @@ DtypeOption = Annotated[
 ]
 """`--dtype` of every command that loads a model."""
 
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WORD",
+        help="int8 or int4: read the weights of linear layers in so few bits, on a CPU; left out: as they are.",
+    ),
+]
+"""`--weights` of the same commands."""
+
 _NOTHING: Mapping[str, Any] = {}
 _Command = TypeVar("_Command", bound=Callable[..., None])
 

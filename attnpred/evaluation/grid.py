@@ -54,11 +54,13 @@ def config_of(plan: Plan, cell: Cell) -> CacheConfig:
 
 @final
 class Grid:
-    """A plan on one device: the model, the documents made last, and what was read of them."""
+    """A plan on one device: the model, packed for good if the plan says so, the documents made last, and what was read."""
 
     def __init__(self, plan: Plan, model: Any, tokenizer: Any, readings: Readings | None = None) -> None:
         self.plan, self.model, self.tokenizer, self.readings = plan, model, tokenizer, readings
         self._examples: tuple[TaskWord, int, list[Example]] | None = None
+        if plan.weights is not None:
+            hf.pack_weights(model, plan.weights)
         self._made_by = provenance(str(model.device))
 
     def check_documents(self) -> None:

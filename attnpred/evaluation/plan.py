@@ -53,7 +53,7 @@ class Plan:
     """All of a run but for where it runs and where its rows go. documents, limit: None is no choice, and no limit.
 
     full: measure the full cache beside everything. recovery: measure attention recovery apart. config: of every policy,
-    unless its word says otherwise; the budget is the cell's. dtype: of the weights.
+    unless its word says otherwise; the budget is the cell's. dtype: of the weights; weights: what they are packed in.
     """
 
     model: str
@@ -63,6 +63,7 @@ class Plan:
     lengths: tuple[int, ...]
     config: CacheConfig
     dtype: str = "auto"
+    weights: str | None = None
     seed: int = 0
     documents: int | None = None
     steps: int = 128
@@ -124,6 +125,7 @@ class Plan:
         config = {name: plain(own[name]) for name in own if name != "budget" and own[name] != usual[name]}
         names = ("documents", "steps", "limit", "texts", "chat", "recovery")
         asked = {} if self.dtype == "auto" else {"dtype": self.dtype}
+        asked |= {} if self.weights is None else {"weights": self.weights}
         return {name: plain(getattr(self, name)) for name in names} | asked | {"config": config}
 
     def key(self, cell: Cell) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from attnpred.hf.layer import TieredLayer
 from attnpred.hf.load import load_model, source_of, text_streamer
 from attnpred.hf.loading import load_keys
 from attnpred.hf.named_models import DEMO_MODEL
+from attnpred.hf.packing import Packing, pack_weights
 from attnpred.hf.sizes import estimate_for
 from attnpred.hf.support import refuse_unsupported
 
@@ -31,6 +32,7 @@ __all__ = [
     "DEMO_MODEL",
     "IMPLEMENTATION",
     "Attached",
+    "Packing",
     "TieredCache",
     "TieredLayer",
     "attach",
@@ -45,6 +47,7 @@ __all__ = [
     "made_by",
     "make_policy",
     "make_settings",
+    "pack_weights",
     "refuse_unsupported",
     "source_of",
     "text_streamer",

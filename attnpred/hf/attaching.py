@@ -13,6 +13,7 @@ from attnpred.errors import ConfigError, NotSparseError
 from attnpred.hf.cache import TieredCache
 from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
 from attnpred.hf.handle import Attached
+from attnpred.hf.packing import pack_weights
 from attnpred.hf.support import is_served, refuse_model, refuse_unsupported
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
@@ -30,12 +31,14 @@ def attach(
     policy: str | Policy[Any] = "predicted",
     config: CacheConfig | None = None,
     predictor: Predictor | str | Path | None = None,
+    weights: str | None = None,
     **overrides: Any,
 ) -> Attached:
     """Switch the sparse path of `model` on, for good or for a `with` block, and return the handle.
 
     budget: tokens, or a share of the context up to 1 (see `CacheConfig`); config and overrides: all other settings;
-    policy: a name of `attnpred info`, or an instance; predictor: a `Predictor`, a folder or a Hub id.
+    policy: a name of `attnpred info`, or an instance; predictor: a `Predictor`, a folder or a Hub id;
+    weights: "int8" or "int4" packs those of linear layers meanwhile, on a CPU (`attnpred.hf.packing`).
     Raises `UnsupportedModelError` and `ConfigError` before the first token.
 
     Example:
@@ -70,4 +73,10 @@ def attach(
         cache.model = weakref.ref(model)
         return cache
 
-    return Attached(model, make_cache, strict=settings.strict).activate()
+    packing = None if weights is None else pack_weights(model, weights)
+    try:
+        return Attached(model, make_cache, strict=settings.strict, packing=packing).activate()
+    except BaseException:
+        if packing is not None:
+            packing.undo()
+        raise

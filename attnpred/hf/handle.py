@@ -18,6 +18,7 @@ from attnpred.hf.attention import attention, make_mask
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.cache_argument import NAME, cache_argument, take_cache
 from attnpred.hf.call import Call, watch
+from attnpred.hf.packing import Packing, unpacked_copy
 from attnpred.hf.tally import Tally
 
 logger = logging.getLogger("attnpred")
@@ -35,8 +36,16 @@ class Attached:
     `model.generate` gets a fresh `TieredCache` per call, unless the caller brings a cache of their own or rules one out.
     """
 
-    def __init__(self, model: PreTrainedModel, make_cache: Callable[[], TieredCache], *, strict: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        make_cache: Callable[[], TieredCache],
+        *,
+        strict: bool,
+        packing: Packing | None = None,
+    ) -> None:
         self._model, self._make_cache, self._strict = model, make_cache, strict
+        self._packing = packing
         self._tally = Tally()
         self._said: set[str] = set()
         self._stock_implementation = model.config.get_text_config(decoder=True)._attn_implementation
@@ -66,6 +75,8 @@ class Attached:
 
     def detach(self) -> None:
         """Give the model back as it was; a second call does nothing."""
+        if self._packing is not None:
+            self._packing.undo()
         if self._ours:
             for name in self._ours:
                 vars(self._model).pop(name, None)
@@ -148,6 +159,7 @@ class Attached:
         for hook in copy.deepcopy(self._hooks, memo):  # those of the copy, for it is in the memo
             hook.remove()
         copied.set_attn_implementation(self._stock_implementation)
+        unpacked_copy(copied)
         return copied
 
     def _refuse_to_pickle(self, protocol: int) -> Any:
@@ -186,9 +198,11 @@ class Attached:
     def stats(self) -> dict[str, Any]:
         """Return the counters of all `generate` calls so far, per layer and in all; bytes held are those of the largest.
 
-        `not_sparse` counts the calls that could not use a cache of ours, by reason.
+        `not_sparse` counts the calls that could not use a cache of ours, by reason; `weights` says what is packed, if
+        any are.
         """
-        return self._tally.report()
+        packed = {} if self._packing is None else {"weights": self._packing.stats()}
+        return self._tally.report() | packed
 
     def reset_stats(self) -> None:
         """Forget the counters of earlier calls."""

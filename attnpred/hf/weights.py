@@ -3,7 +3,8 @@
 A config says nothing of the weights: a retrained model has the config of the one before. So a saved cache has two marks.
 
 *Samples* of every tensor of the model, hashed: exact, the same in any process and on any device, and any training changes
-them. Of adapters only those count that act: one that is switched off changes nothing, one that is merged is in the weights.
+them; what weights are packed in is hashed too (`attnpred.hf.packing`). Of adapters only those count that act: one that is
+switched off changes nothing, one that is merged is in the weights.
 
 *Answers* of every projection to keys or values, fused ones as well, to the same few inputs: they see whatever is wrapped or
 hooked around it. An input is 1 in one place, so that a plain projection answers with its own weights, whose rounding depends
@@ -37,6 +38,9 @@ PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_proj", "query_key_value", "c_
 def hash_samples(model: nn.Module) -> str:
     """Return the SHA-256 of samples of all tensors that act."""
     digest, idle = hashlib.sha256(), set[int]()
+    for name, module in model.named_modules():
+        kind = packed_kind(module)
+        digest.update(f"{name} {kind} ".encode() if kind else b"")
     for layer in _adapted(model):
         acting = () if layer.disable_adapters or layer.merged_adapters else tuple(layer.active_adapters)
         scaling = vars(layer).get("scaling", {})
@@ -107,6 +111,21 @@ def _projections(model: nn.Module) -> Iterator[nn.Module]:
     for attention in model.modules():
         if "layer_idx" in vars(attention):
             yield from (child for name, child in attention.named_children() if name in PROJECTIONS)
+
+
+def packed_kind(module: nn.Module) -> str | None:
+    """Return what the weight of this very module is packed in (`attnpred.hf.packing`), None where it is not."""
+    kind: str | None = getattr(vars(module).get("forward"), "kind", None)
+    return kind
+
+
+def adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield all parts of PEFT's adapters that are modules, and the modules in them."""
+    for layer in _adapted(model):
+        for name in layer.adapter_layer_names:
+            for part in getattr(layer, name, {}).values():
+                if isinstance(part, nn.Module):
+                    yield from part.modules()
 
 
 def _adapted(model: nn.Module) -> Iterator[Any]:

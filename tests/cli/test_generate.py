@@ -82,6 +82,14 @@ def test_stats_go_to_stderr_and_the_text_to_stdout(run: Callable[..., tuple[int,
     ]
 
 
+def test_weights_are_packed_and_counted(run: Callable[..., tuple[int, str, str]]) -> None:
+    pytest.importorskip("numba")
+    code, out, err = run(*SPARSE, "--weights", "int8", "--json", "--stats")
+    packed = json.loads(out.splitlines()[-1])["stats"]["weights"]
+    assert code == 0 and packed["kind"] == "int8" and packed["layers"] == 5 * 7 + 1 and packed["left"] == {}
+    assert f"weights: {packed['layers']} layers as int8, {packed['bytes']:,} bytes" in err
+
+
 def test_the_streamed_text_is_that_of_json(run: Callable[..., tuple[int, str, str]]) -> None:
     assert run(*SPARSE)[1].strip() == json.loads(run(*SPARSE, "--json")[1])["text"].strip()
 
@@ -185,6 +193,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--temperature", "1e-320"],
         "expected 0 for the likeliest token, or 0.01 to 100",
     ),
+    "unknown weights": (["--weights", "int3"], "got weights='int3', expected one of 'int8', 'int4', or None"),
     "missing predictor": (["--policy", "predicted", "--predictor", "/no/such/folder"], "got missing directory"),
 }
 

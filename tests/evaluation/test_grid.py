@@ -1,5 +1,6 @@
 """The grid: which cells there are, one row each with everything that made it, and a kill that loses at most one."""
 
+import copy
 import json
 import math
 import os
@@ -151,6 +152,19 @@ def test_a_cell_is_compared_with_the_full_row_of_an_earlier_run(
             run_cells(Grid(made, *demo), file, [cell], lambda cell, why: told.append(why))
     row = load_rows(path)[1]
     assert told == [None, None] and row["against_full"]["n"] == row["n"] and row["items"] == alone["items"]
+
+
+def test_rows_of_packed_weights_are_other_rows(demo: tuple[Any, Any], text: str) -> None:
+    pytest.importorskip("numba")
+    values = []
+    for weights in (None, "int4"):
+        made = plan(text, "perplexity", "full", weights=weights)
+        grid = Grid(made, copy.deepcopy(demo[0]), demo[1])
+        (row,) = grid.rows(made.cells()[0])
+        values.append(row["value"])
+        assert row["settings"].get("weights") == weights
+        assert bool(left_over(plan(text, "perplexity", "full"), [row])) == (weights is not None)
+    assert values[0] != values[1] == pytest.approx(values[0], rel=0.2)
 
 
 def test_a_value_that_is_no_number_is_told_and_no_row(demo: tuple[Any, Any], text: str) -> None:

@@ -1,0 +1,141 @@
+"""Weights of a model in few bits while this lasts: products behind `nn.Linear`, and the model given back as it was.
+
+Each plain `nn.Linear`, the language-model head too, gets a `forward` of its own, an attribute of the instance, which is
+taken away again. Its weight stays where it is, untouched: it comes back bit for bit, and memory grows by the packed copy.
+What the copy stands for is the model meanwhile, for prompts as well: there the matrix is unpacked piece by piece, and torch
+multiplies. Projections that read the same input (`FUSED`) are one call (`attnpred.hf.packed_forward`).
+
+What is no plain `nn.Linear` is left as it is, and counted: `Conv1D`, experts, adapters, layers that somebody has hooked.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, final
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from attnpred.errors import ConfigError, UnsupportedModelError, missing_extra
+from attnpred.hf.weights import adapters, packed_kind
+from attnpred.kernels import DIGEST
+from attnpred.kernels.linear import BITS, pack
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of projections of one module that get the same input."""
+
+
+@final
+class Packing:
+    """The packed weights of a model: a context manager that gives it back as it was."""
+
+    def __init__(self, model: PreTrainedModel, kind: str) -> None:
+        self.kind, self.bytes, self.left = kind, 0, Counter[str]()
+        self._layers: list[nn.Linear] = []
+        adapted = {id(part) for part in adapters(model)}
+        try:
+            for module in model.modules():
+                self._count_left(module, adapted)
+                for layers in _groups(module):
+                    plain = [layer for layer in layers if _is_plain(layer) and id(layer) not in adapted]
+                    if plain:
+                        self._pack(plain)
+        except BaseException:
+            self.undo()
+            raise
+
+    def _pack(self, layers: list[nn.Linear]) -> None:
+        from attnpred.hf.packed_forward import PackedForward, Together  # loads numba
+
+        weights = [pack(layer.weight, BITS[self.kind]) for layer in layers]
+        self.bytes += sum(weight.bytes() for weight in weights)
+        together = Together(layers, weights)
+        for number, layer in enumerate(layers):
+            vars(layer)["forward"] = PackedForward(together, number, self.kind, layer.weight)
+            self._layers.append(layer)
+
+    def _count_left(self, module: nn.Module, adapted: set[int]) -> None:
+        if isinstance(module, nn.Linear):
+            if id(module) in adapted:
+                self.left["adapter"] += 1
+            elif not _is_plain(module) and not is_packed(module):
+                self.left["hooked Linear"] += 1
+        elif not isinstance(module, nn.Embedding) and any(x.ndim > 1 for x in module.parameters(recurse=False)):
+            self.left[type(module).__name__] += 1
+
+    def stats(self) -> dict[str, Any]:
+        """Return how many layers are packed in how many bytes, and how many with a matrix were left, by their class."""
+        return {"kind": self.kind, "layers": len(self._layers), "bytes": self.bytes, "left": dict(self.left)}
+
+    def undo(self) -> None:
+        """Give the model back as it was; a second call does nothing."""
+        for layer in self._layers:
+            if is_packed(layer):
+                del vars(layer)["forward"]
+        self._layers = []
+
+    def __enter__(self) -> "Packing":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def pack_weights(model: PreTrainedModel, kind: str) -> Packing:
+    """Pack the weights of `model` in "int8" or "int4" until `undo`. Raises `ConfigError`, `UnsupportedModelError`."""
+    if kind not in BITS:
+        raise ConfigError(f"got weights={kind!r}, expected one of {', '.join(map(repr, BITS))}, or None")
+    wanted, instead = f"weights={kind!r}", "leave weights out"
+    if DIGEST != "numba":
+        raise missing_extra("numba", "fast")
+    if any(is_packed(module) for module in model.modules()):
+        raise ConfigError(
+            f"got {wanted} for a model whose weights are packed already, expected others: undo that first"
+        )
+    if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
+        raise UnsupportedModelError(f"got {wanted} for a quantized model, expected plain weights: {instead}")
+    if model.training:
+        raise UnsupportedModelError(f"got {wanted} for a model in training mode, expected model.eval(): {instead}")
+    for parameter in model.parameters():
+        if parameter.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"got {wanted} for weights on {parameter.device}, expected all on the CPU: {instead}"
+            )
+        if parameter.ndim > 1 and parameter.dtype not in (torch.float32, torch.bfloat16):
+            name = str(parameter.dtype).removeprefix("torch.")
+            raise UnsupportedModelError(
+                f"got {wanted} for weights in {name}, expected float32 or bfloat16: load the model with dtype='float32'"
+            )
+    return Packing(model, kind)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Return whether the weight of this very module is packed."""
+    return packed_kind(module) is not None
+
+
+def unpacked_copy(copied: nn.Module) -> None:
+    """Make a copy of a packed model a plain one."""
+    for module in copied.modules():
+        if is_packed(module):
+            del vars(module)["forward"]
+
+
+def _groups(module: nn.Module) -> Iterator[list[nn.Linear]]:
+    """Yield the linear layers that are children of a module, those with the same input together."""
+    children = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    for names in FUSED:
+        found = [children.pop(name) for name in names if name in children]
+        if len({(layer.in_features, layer.weight.dtype) for layer in found}) == 1:
+            yield found
+        else:
+            yield from ([layer] for layer in found)
+    yield from ([layer] for layer in children.values())
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Return whether a call of the layer is a product with its weight and nothing else."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and type(layer.weight.data) is torch.Tensor

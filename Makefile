@@ -6,7 +6,7 @@ READY := .venv/.ready
 TOO_OLD = $(shell $(PYTHON) -c 'import sys; print(sys.version_info < (3, 10))' 2>&1 || echo none)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real test-versions check lint bench results evidence evidence-real docs lock clean
+.PHONY: help demo test test-real test-versions check lint bench results evidence evidence-real reliability docs lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 15
@@ -53,13 +53,17 @@ evidence-real: $(READY) ## the same for real models, which the package index has
 	$(PY) -m tools.evidence_real $(if $(FILES),--files $(FILES))
 	$(MAKE) --no-print-directory docs
 
-docs: $(READY) ## rewrite what is generated: cli.md, speed.md, policies.md, evidence.md, tables of README.md and predictor.md
+reliability: $(READY) ## inject faults of every kind, some minutes, into docs/reliability.md
+	$(PY) -m tools.reliability
+
+docs: $(READY) ## rewrite what is generated: cli.md, speed.md, policies.md, evidence.md, reliability.md, tables of README.md and predictor.md
 	$(PY) -m tools.docs_cli
 	$(PY) -m tools.readme_table
 	$(PY) -m tools.recovery_tables
 	$(PY) -m tools.speed_tables
 	$(PY) -m tools.policy_tables
 	$(PY) -m tools.evidence_tables
+	$(PY) -m tools.reliability --page
 
 lock: $(READY) ## rewrite requirements.lock; UPGRADE=1 moves to the newest versions
 	$(PY) -m pip install --quiet --disable-pip-version-check uv

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import docs_cli, evidence_tables, policy_tables, readme_table, recovery_tables, speed_tables
+from tools import docs_cli, evidence_tables, policy_tables, readme_table, recovery_tables, reliability, speed_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,6 +47,10 @@ def test_the_page_of_policies_is_current() -> None:
 
 def test_the_page_of_evidence_is_current() -> None:
     assert evidence_tables.main(["--check"]) == 0
+
+
+def test_the_page_of_reliability_is_current_and_nothing_in_it_is_wrong() -> None:
+    assert reliability.main(["--check"]) == 0
 
 
 def test_pages_have_code() -> None:

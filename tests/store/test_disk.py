@@ -8,8 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from attnpred.errors import StoreError, TierFullError
 from attnpred.store import disk, scratch
 from attnpred.store.disk import DiskTier
 from attnpred.store.scratch import BEGIN
+from tests.forks import end_of, forked
 
 DATA = bytes(range(256)) * 40
 
@@ -50,28 +49,8 @@ def failing(number: int) -> Callable[..., int]:
     return call
 
 
-def forked(job: Callable[[], object]) -> int:
-    """Do `job` in a fork; return its process. It ends with 0 unless `job` raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: torch's are idle
-        process = os.fork()
-    if process == 0:
-        try:
-            job()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return process
-
-
 def descriptors() -> int:
     return len(list(Path("/dev/fd").iterdir()))
-
-
-def end_of(process: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def holder(folder: Path) -> tuple[int, Path]:

@@ -1,11 +1,9 @@
 """`TieredCache`: the cache of one sequence (or batch), all of its state, and the only thing that is passed around."""
 
 import copy
-import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -15,30 +13,28 @@ from typing import Any, NoReturn, final
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from attnpred import telemetry
 from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
-from attnpred.errors import ConfigError, NotSparseError, StoreError, UnsupportedModelError, closed_cache, forked_cache
+from attnpred.errors import NotSparseError, StoreError, UnsupportedModelError, closed_cache, forked_cache
 from attnpred.hf.call import CALL
 from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
 from attnpred.hf.closed import ClosedLayer
 from attnpred.hf.layer import TieredLayer, holds_tokens
 from attnpred.hf.modes import in_ordinary_mode
+from attnpred.hf.operations import Operations
 from attnpred.hf.sizes import estimate_for
+from attnpred.hf.stores import new_store
 from attnpred.hf.support import is_served, prefix_error, refuse_unsupported
 from attnpred.policies.base import Policy
 from attnpred.predictor.pretrained import Predictor
 from attnpred.store import estimate
 from attnpred.store.backing import open_backing
 from attnpred.store.base import Store
-from attnpred.store.estimate import dense_slots
-from attnpred.store.evicting import EvictingPool
-from attnpred.store.pool import BlockPool
 from attnpred.store.scratch import absolute
 from attnpred.store.tier import Tier
-from attnpred.store.tiered import TieredStore
 
 logger = logging.getLogger("attnpred")
 
@@ -50,7 +46,7 @@ LAST_UPDATED: ContextVar["weakref.ref[TieredCache] | None"] = ContextVar("attnpr
 
 
 @final
-class TieredCache(Cache):
+class TieredCache(Operations):
     """The cache of one `generate` call, or of a conversation: `model.generate(..., cache=cache)`.
 
     Before transformers 5.24 the argument is called `past_key_values`; an attached model takes either name.
@@ -91,7 +87,7 @@ class TieredCache(Cache):
         stock = DynamicCache(config=config).layers
         super().__init__(
             layers=[
-                TieredLayer(self._make_store(index), index) if is_served(layer) else layer
+                TieredLayer(self._new_store(index), index) if is_served(layer) else layer
                 for index, layer in enumerate(stock)
             ]
         )
@@ -115,25 +111,10 @@ class TieredCache(Cache):
         if self.backing is not None and self._process != os.getpid():
             raise forked_cache(self._process, os.getpid())
 
-    def _make_store(self, index: int) -> Store:
+    def _new_store(self, index: int) -> Store:
         if self.sharing is not None:
             return self.sharing.new_store(index)
-        if self.policy.evicts and not self.settings.is_dense_layer(index):
-            return self._make_evicting_store()
-        if self.backing is None:
-            return BlockPool(self.settings.block_size)
-        own = self.settings.for_layer(index)
-        slots: Callable[[int], int] = functools.partial(dense_slots, own)
-        if not self.policy.is_dense and not self.settings.is_dense_layer(index):
-            slots = functools.partial(estimate.slots, own)
-        return TieredStore(self.settings.block_size, slots, self.backing, self._counts(index), index)
-
-    def _make_evicting_store(self) -> Store:
-        """Return a store in fast memory, also with `offload`: what is left is no more than the budget holds."""
-        # Recovery is measured against all keys, and layers that share keys may keep different blocks.
-        is_shared = bool(getattr(self.model_config, "num_kv_shared_layers", None))
-        kind = BlockPool if self.settings.measure_recovery or is_shared else EvictingPool
-        return kind(self.settings.block_size)
+        return new_store(index, self.model_config, self.settings, self.policy, self.backing, self._counts(index))
 
     def _counts(self, index: int) -> telemetry.LayerCounts:
         return self.counts.setdefault(index, telemetry.LayerCounts())
@@ -344,77 +325,3 @@ class TieredCache(Cache):
         """Bytes of fast memory that keys and values, their tables and the policy's memory take now."""
         stores = sum(layer.store.fast_bytes() for layer in self.layers if type(layer) is TieredLayer)
         return stores + sum(int(decoder.memory.bytes()) for decoder in self.decoders.values())
-
-    def _forget(self) -> None:
-        self.tokens, self.saved_tokens = None, 0
-
-    @in_ordinary_mode
-    def reset(self) -> None:
-        self.require_usable()
-        super().reset()
-        self._forget()
-        for decoder in self.decoders.values():
-            decoder.clear()
-
-    @in_ordinary_mode
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -`tokens_to_remove` tokens, 0 or less; of a torn cache at least what not all layers have."""
-        self.require_usable()
-        # Some versions of `generate` bring a tensor; lengths are plain numbers everywhere below.
-        removed = int(tokens_to_remove)
-        if removed > 0:
-            raise ConfigError(f"got crop({removed}), expected 0 or less: -n removes the last n tokens")
-        lengths = [layer.get_seq_length() for layer in self._holders()]
-        wanted = max(0, min([self.get_seq_length() + removed, *lengths]))
-        for decoder in self.decoders.values():  # before anything is changed
-            decoder.left.require(wanted, self.settings.block_size)
-        if self.sharing is not None:
-            self.sharing.check_crop(wanted)
-        if len(set(lengths)) > 1:
-            for layer, length in zip(self._holders(), lengths, strict=True):
-                layer.crop(wanted - length)
-        else:
-            super().crop(removed)
-        length = self.get_seq_length()
-        self.tokens = None if self.tokens is None else self.tokens[:, :length]
-        self.saved_tokens = min(self.saved_tokens, length)
-        for decoder in self.decoders.values():
-            decoder.crop(length) if length else decoder.clear()
-
-    def _holders(self) -> list[DynamicLayer]:
-        layers: list[Any] = [layer for layer in self.layers if holds_tokens(layer)]
-        return layers
-
-    def require_whole(self) -> None:
-        """Raise `StoreError` unless all layers hold the same tokens: an exception in a step leaves some with more."""
-        lengths = [layer.get_seq_length() for layer in self._holders()]
-        shortest, longest = min(lengths, default=0), max(lengths, default=0)
-        if shortest < longest:
-            raise StoreError(
-                f"got a cache with {shortest} tokens in one layer and {longest} in another, expected as many in all: a step "
-                f"ended halfway; crop({shortest - self.get_seq_length()}) takes back what it did, or make a new cache"
-            )
-
-    @in_ordinary_mode
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.require_usable()
-        super().reorder_cache(beam_idx)
-        self.tokens = None if self.tokens is None else self.tokens[beam_idx.cpu()]
-        for decoder in self.decoders.values():
-            decoder.select(beam_idx)
-
-    @in_ordinary_mode
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.require_usable()
-        super().batch_select_indices(indices)
-        self.tokens = None if self.tokens is None else self.tokens[indices.cpu()]
-        for decoder in self.decoders.values():
-            decoder.select(indices)
-
-    @in_ordinary_mode
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.require_usable()
-        super().batch_repeat_interleave(repeats)
-        self.tokens = None if self.tokens is None else self.tokens.repeat_interleave(repeats, 0)
-        for decoder in self.decoders.values():
-            decoder.repeat(repeats)

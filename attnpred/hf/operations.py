@@ -1,4 +1,4 @@
-"""`Operations`: what is done to a cache beside adding tokens, by `generate` above all; all of its parts follow, or none does.
+"""`Operations`: what is done to a cache beside adding tokens, by `generate` above all; every part of it follows.
 
 Tokens are cut off (`crop`), rows are exchanged, chosen and repeated (beams), and a cache that a failed step has left with
 more tokens in one layer than in another is told apart from a whole one.

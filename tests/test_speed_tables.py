@@ -90,3 +90,30 @@ def test_a_page_out_of_date_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_figures_have_three_digits() -> None:
     assert [number(x) for x in (1.234, 12.34, 1234.5, None)] == ["1.23", "12.3", "1,234", "-"]
+
+
+def test_rivals_come_first_and_what_was_not_run_is_a_dash(tmp_path: Path) -> None:
+    row = {"model": "smollm2", "kv": "f16", "load": [1.0, 2.0]}
+    found = [
+        row | {"context": context, "engine": engine, "weights": "Q8_0", "ms_per_token": ms, "prompt_ms": 2500.0}
+        for context, engine, ms in ((1024, "llama.cpp", 18.4), (4096, "llama.cpp", 39.2), (1024, "attnpred", 25.0))
+    ]
+    (tmp_path / "rivals.json").write_text(json.dumps({"rows": found, "threads": 2}), encoding="utf-8")
+    (tmp_path / "decode.json").write_text(json.dumps(DECODE), encoding="utf-8")
+    page = speed_tables.page(tmp_path)
+    assert page.index("## Beside llama.cpp") < page.index("## Wanted and reached") < page.index("## A decode step")
+    assert "| llama.cpp, Q8_0, f16 | 18.4 (2.50) | 39.2 (2.50) |" in page
+    assert "| attnpred, Q8_0, f16 | 25.0 (2.50) | - |" in page
+
+
+def test_products_and_losses_have_their_tables(tmp_path: Path) -> None:
+    matrix = {"rows": 576, "width": 1536, "vectors": 1}
+    cells = [matrix | {"variant": "int8", "gb_per_s": 16.2, "share": 0.845}]
+    cells.append(matrix | {"variant": "int8", "vectors": 4, "gb_per_s": 1.0, "share": 0.1})
+    (tmp_path / "linear.json").write_text(json.dumps({"rows": cells, "threads": 2, "load": 0.5}), encoding="utf-8")
+    lost = {"model": "demo", "weights": "int4", "bits_per_byte": 1.62704, "kl": 0.011, "same": 0.9105}
+    made = {"rows": [lost], "windows": 8, "window_tokens": 512, "threads": 2}
+    (tmp_path / "weights.json").write_text(json.dumps(made), encoding="utf-8")
+    page = speed_tables.page(tmp_path)
+    assert "| 576 x 1,536 | 16.2 (84%) |" in page or "| 576 x 1,536 | 16.2 (85%) |" in page
+    assert "| demo | int4 | 1.6270 | 0.011 | 91.0% |" in page or "| demo | int4 | 1.6270 | 0.011 | 91.1% |" in page

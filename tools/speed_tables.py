@@ -47,6 +47,60 @@ def by_key(rows: list[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
     return found
 
 
+def rivals(found: Row) -> str:
+    """The section of what else a laptop's user would take."""
+    parts = ["## Beside llama.cpp and transformers", where(found, "rivals")]
+    parts.append(
+        "Milliseconds per token, and seconds of the prompt in brackets, by tokens of context. `attnpred` is `predicted` with a "
+        f"thirteenth of the cache; then weights, and the numbers of keys and values. The load of the machine was "
+        f"{number(found['rows'][0]['load'][0])} to {number(found['rows'][-1]['load'][1])}; at rest it is the number of threads."
+    )
+    for (model,), rows in by_key(found["rows"], "model").items():
+        contexts = list(dict.fromkeys(row["context"] for row in rows))
+        lines = []
+        for (engine, weights, kv), own in by_key(rows, "engine", "weights", "kv").items():
+            cells = {row["context"]: row for row in own}
+            shown = [
+                f"{number(cells[at]['ms_per_token'])} ({number(cells[at]['prompt_ms'] / 1e3)})" if at in cells else "-"
+                for at in contexts
+            ]
+            lines.append([f"{engine}, {weights}, {kv}", *shown])
+        parts.append(table([model, *(f"{context:,}" for context in contexts)], lines))
+    return "\n\n".join(parts)
+
+
+def linear(found: Row) -> str:
+    """The section of products of one row with a matrix."""
+    parts = ["## One row times a matrix", where(found, "linear").replace("attnpred bench ", "python -m benchmarks.")]
+    parts.append(
+        "GB/s of weights that were in no cache, and in brackets the share of the speed at which memory is read in the same "
+        f"rounds; load {number(found['load'])}:"
+    )
+    rows = [row for row in found["rows"] if row["vectors"] == 1]
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    lines = []
+    for (height, width), own in by_key(rows, "rows", "width").items():
+        cells = {row["variant"]: f"{number(row['gb_per_s'])} ({row['share']:.0%})" for row in own}
+        lines.append([f"{height:,} x {width:,}", *(cells.get(name, "-") for name in names)])
+    parts.append(table(["matrix", *names], lines))
+    return "\n\n".join(parts)
+
+
+def weights(found: Row) -> str:
+    """The section of what packing loses."""
+    parts = [
+        "## What packed weights lose",
+        where(found, "weights").replace("attnpred bench ", "python -m benchmarks."),
+        f"{found['windows']} windows of {found['window_tokens']:,} tokens of a book, full cache; `row`: int8 with one scale for a row:",
+    ]
+    lines = [
+        [row["model"], row["weights"], f"{row['bits_per_byte']:.4f}", f"{row['kl']:.2g}", f"{row['same']:.1%}"]
+        for row in found["rows"]
+    ]
+    parts.append(table(["model", "weights", "bits per byte", "KL to fp32, nats a token", "same next token"], lines))
+    return "\n\n".join(parts)
+
+
 def decode(found: Row) -> str:
     """The section of whole steps."""
     parts = ["## A decode step", where(found, "decode")]
@@ -154,8 +208,12 @@ def wanted(found: dict[str, Row]) -> str:
     return f"## Wanted and reached\n\n{table(['what', 'wanted', 'reached'], lines)}" if lines else ""
 
 
+FIRST: dict[str, Callable[[Row], str]] = {"rivals": rivals}
+"""What the page begins with."""
 SECTIONS: dict[str, Callable[[Row], str]] = {
     "decode": decode,
+    "linear": linear,
+    "weights": weights,
     "step_profile": step_profile,
     "attention": attention,
     "selection": selection,
@@ -165,9 +223,10 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
 
 def page(folder: Path) -> str:
     """Return the page of what was measured."""
-    files = {name: folder / f"{name}.json" for name in SECTIONS}
+    files = {name: folder / f"{name}.json" for name in FIRST | SECTIONS}
     found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
-    parts = [HEAD.strip(), wanted(found), *(SECTIONS[name](rows) for name, rows in found.items())]
+    first, rest = ([table[name](found[name]) for name in table if name in found] for table in (FIRST, SECTIONS))
+    parts = [HEAD.strip(), *first, wanted(found), *rest]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

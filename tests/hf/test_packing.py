@@ -42,7 +42,8 @@ def stands_for(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     made = copy.deepcopy(model)
     for layer in made.modules():
         if isinstance(layer, nn.Linear):
-            layer.weight = nn.Parameter(unpack(pack(layer.weight, BITS[kind]), dtype=layer.weight.dtype))
+            bits = 8 if layer is made.lm_head else BITS[kind]
+            layer.weight = nn.Parameter(unpack(pack(layer.weight, bits), dtype=layer.weight.dtype))
     return made
 
 

@@ -57,8 +57,18 @@ def about_text(
         conversation = Conversation(reader, tokenizer, text, chosen, config, context)
         if conversation.turns.note:
             tell(f"note: {conversation.turns.note}")
+        compile_kernels(lm.device.type)
         with conversation:
             yield conversation
+
+
+def compile_kernels(device: str) -> None:
+    """Compile what a model on `device` needs, before anybody waits for its second token; say so where that takes time."""
+    from attnpred.kernels.prepare import prepare, takes_time
+
+    if takes_time(device):
+        tell("compiling kernels for this processor, once; this takes half a minute")
+    prepare(device)
 
 
 def beginning(tokenizer: Any, text: str, most: int) -> str:

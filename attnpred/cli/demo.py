@@ -48,6 +48,7 @@ def demo(
     """Let a model read a book once, and answer questions about it with the full KV cache and with parts of it."""
     import sys
 
+    from attnpred.cli.about_text import compile_kernels
     from attnpred.cli.demo_columns import Wanted, read_and_ask
     from attnpred.cli.demo_embedded import embedded
     from attnpred.errors import ConfigError, FetchError, MissingExtraError
@@ -69,5 +70,6 @@ def demo(
         except (FetchError, MissingExtraError) as error:
             print(f"{error}: going on with the small model of this package (--model demo)", file=sys.stderr)
         else:
+            compile_kernels(loaded.device.type)
             return read_and_ask(wanted, loaded, tokenizer)
     return embedded(wanted, **own)

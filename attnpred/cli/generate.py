@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from attnpred import checks
-from attnpred.cli.about_text import about_text, tell
+from attnpred.cli.about_text import about_text, compile_kernels, tell
 from attnpred.cli.options import DtypeOption, WeightsOption, cache_options
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
@@ -144,6 +144,7 @@ def _continue(
     from attnpred.hf import attach, load_model, text_streamer
 
     lm, tokenizer = load_model(model, dtype=dtype)
+    compile_kernels(lm.device.type)
     with attach(lm, **way) as attached:
         tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(lm.device)
         longest, budget = tokens.shape[1] + new_tokens, way["config"].budget

@@ -41,6 +41,12 @@ def compile_cached(compile_with: Callable[[bool], T]) -> T:
         return compile_with(False)
 
 
+def is_filled() -> bool:
+    """Return whether there are compiled functions of this version in the folder."""
+    folder = _folder()
+    return folder is not None and any(folder.rglob("*.nbi"))
+
+
 def _folder() -> Path | None:
     """Return the folder, which is there, ours, and can be written; None where there is no such folder."""
     given = Path(numba.config.CACHE_DIR)  # of NUMBA_CACHE_DIR

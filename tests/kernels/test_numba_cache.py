@@ -56,6 +56,7 @@ class Planted:
 
 
 def test_compiled_once_per_machine_for_the_user_alone(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert not numba_cache.is_filled()
     before = os.umask(0o002)  # as where every user has a group
     try:
         assert [compile_twice(), compile_twice()] == [False, True]

@@ -41,6 +41,8 @@ class Talk:
         self.conversation, self.sampling, self.is_typed = conversation, sampling, is_typed
         self.policy, self.predictor = policy, predictor
         self.last: Answer | None = None
+        self.way = ""
+        """How the last answer was made."""
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/stats": self._stats,
@@ -81,6 +83,7 @@ class Talk:
             raise ConfigError("got a question that is no UTF-8 text, expected one: check the encoding") from None
         with self._stoppable() as is_stopped:
             self.last = self.conversation.ask(line, self.sampling, _write, is_stopped)
+        self.way = self._way()
         print(flush=True)
         if self.is_typed:
             self._say(f"[{_times(self.last)}]")
@@ -112,11 +115,11 @@ class Talk:
         if self.last is None:
             return self._say("no question so far")
         total = self.last.stats["total"]
+        self._say(f"last answer, {self.way}: {_times(self.last)}")
         self._say(
-            f"a step attends to {total['tokens_attended']:,.0f} of {total['context_tokens']:,.0f} tokens per layer and head, and "
-            f"reads {total['compression']:.1f} times less KV than a full one; fast memory holds {self.last.stats['fast_bytes']:,} bytes"
+            f"a step attended to {total['tokens_attended']:,.0f} of {total['context_tokens']:,.0f} tokens per layer and head, and "
+            f"read {total['compression']:.1f} times less KV than a full one; fast memory held {self.last.stats['fast_bytes']:,} bytes"
         )
-        self._say(f"last answer: {_times(self.last)}")
 
     def _switch_policy(self, name: str) -> None:
         from attnpred.hf import make_policy
@@ -154,7 +157,7 @@ class Talk:
             from attnpred.cli.side_by_side import side_by_side
 
             earlier = self.last.text if self.last is not None else ""
-            with side_by_side((self._way(), "full cache"), earlier) as say:
+            with side_by_side((self.way, "full cache"), earlier) as say:
                 full = self.conversation.ask_full(self.sampling, say, is_stopped)
         self._say(f"[full cache: {_times(full)}]")
 

@@ -79,14 +79,13 @@ def test_a_second_start_takes_the_text_from_its_file(run: Run, home: Path, monke
 @pytest.mark.slow
 def test_commands_work_in_a_pipe(run: Run) -> None:
     plain = run("Who wound it?\nWhy?\n")[1].splitlines()
-    talk = "/stats\nWho wound it?\n/stats\n/full\n/new\n/policy ema\n/budget 128\n/policy\n/help\nWho wound it?\n/quit\nWhy?\n"
+    talk = "/stats\nWho wound it?\n/budget 128\n/stats\n/full\n/new\n/policy ema\n/policy\n/help\nWho wound it?\n/quit\nWhy?\n"
     code, out, err = run(talk)
     assert code == 0 and out.splitlines()[0] == plain[0] and len(out.splitlines()) == 3
     for told in (
         "no question so far",
         "times less KV than a full one",
-        "last answer: ",
-        "policy ema, budget 96\n",
+        "last answer, policy quest, budget 96: ",  # as it was made, whatever was chosen since
         "policy ema, budget 128\n",
         "there are full, ",
         "Ctrl-C stops an answer",
@@ -183,11 +182,12 @@ def test_a_mistake_that_is_typed_is_told_and_the_talk_goes_on(
     conversation: Conversation, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talk = Talk(conversation, Sampling(8), "quest", None, is_typed=True)
-    talk.run(["/policy tarot", "/nonsense", "Who wound it?", "/full", "/quit", "Why?"])
+    talk.run(["/policy tarot", "/nonsense", "Who wound it?", "/policy ema", "/full", "/quit", "Why?"])
     out, err = capsys.readouterr()
     assert "got policy 'tarot'" in err and "got /nonsense" in err and "Traceback" not in err
     assert err.startswith(f"{len(conversation.document):,} tokens, policy quest, budget 96; /help")
     assert "8 tokens, cut off, the first after" in err and "[full cache: " in err
+    assert "policy quest, budget 96" in out, "the answer that is shown again was not made by ema"
     assert "full cache" in out and talk.last is not None and out.startswith(talk.last.text)
 
 

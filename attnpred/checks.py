@@ -49,6 +49,13 @@ def temperature(value: Any) -> float:
     return float(value)
 
 
+def compression(value: Any) -> float:
+    """Return how many times less is to be read."""
+    if not is_finite(value) or not 1 < value <= TOKENS:
+        raise ConfigError(f"got compression={shown(value)}, expected more than 1, and at most {TOKENS}")
+    return float(value)
+
+
 def shown(value: Any) -> str:
     """Return a value for a message, shortened if it is long."""
     if type(value) is int and value.bit_length() > 200:  # more than 4300 digits cannot be printed

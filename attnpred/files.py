@@ -65,16 +65,17 @@ def replacing(path: Path, mode: int = SHARED) -> Iterator[int]:
         raise _failure(path, error) from error
 
 
-def try_out(path: Path) -> None:
-    """Raise `OutputError` unless a file can be written to `path` now, or could be once its folder is made.
+def try_out(path: Path, *, makes_folder: bool = False) -> None:
+    """Raise `OutputError` unless a file can be written to `path` now.
 
-    To be asked before work that would be lost. An empty file is made and removed again.
+    makes_folder: a missing folder will be made. To be asked before work that would be lost. An empty file is made and
+    removed again.
     """
     found = target(path)
     try:
         with suppress(FileNotFoundError):
             found.lstat()  # a name that is too long, or below a file
-        while not os.path.lexists(found.parent):
+        while makes_folder and not os.path.lexists(found.parent):
             found = found.parent
         temporary, fd = _make(found, PRIVATE)
         temporary.unlink()

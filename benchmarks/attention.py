@@ -18,7 +18,6 @@ each call goes to another of several layers, 256 MB or more in all. Variants tak
 The last line is one JSON object.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -35,6 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from attnpred import kernels
 from attnpred.store.pool import BlockPool
+from benchmarks import options
 from benchmarks.environment import environment
 from benchmarks.limits import ColdMemory, shown, summary
 from benchmarks.models import DTYPES
@@ -204,17 +204,19 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="attnpred bench attention", description=__doc__.partition("\n")[0])
+    parser = options.Options(prog="attnpred bench attention", description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="tokens, or a share up to 1")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cold-mebibytes", type=int, default=512, help="memory that the limits are measured on")
+    parser.add_argument("--contexts", type=options.count, nargs="+", default=CONTEXTS)
+    parser.add_argument("--budgets", type=options.budget, nargs="+", default=BUDGETS, help="tokens, or a share up to 1")
+    parser.add_argument("--rounds", type=options.count, default=15)
+    parser.add_argument(
+        "--cold-mebibytes", type=options.count, default=512, help="memory that the limits are measured on"
+    )
     parser.add_argument("--all", action="store_true", help="transformers' path at every context")
     parser.add_argument("--out", type=Path, help="write the last line there too")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
-    args = parser.parse_args(arguments)
+    args = parser.checked(arguments)
     say: Callable[[str], None] = (lambda line: None) if args.json else print
     if any(context % BLOCK for context in args.contexts):
         parser.error(f"got a context that is no multiple of {BLOCK}")
@@ -236,8 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
                 rows += new
                 limits.append({"shape": shape, "dtype": dtype, "context": context} | found)
     line = json.dumps({"rows": rows, "limits": limits, "tolerance": TOLERANCE, "block_size": BLOCK} | environment())
-    if args.out:
-        args.out.write_text(line + "\n", encoding="utf-8")
+    options.write_line(args, line)
     print(line)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import options
 from benchmarks.baselines import Variant, make_variants, step, switchable
 from benchmarks.decode import check, settings_for, summary, take_turns
 from benchmarks.environment import environment
@@ -78,18 +79,18 @@ def measure(model: Any, batch: int, kind: str, args: argparse.Namespace) -> list
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="attnpred bench batches", description=__doc__.partition("\n")[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser = options.Options(prog="attnpred bench batches", description=__doc__.partition("\n")[0])
+    parser.add_argument("--batches", type=options.count, nargs="+", default=[1, 4, 16])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--context", type=options.count, default=8192)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--budget", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--layers", type=options.count, default=8)
+    parser.add_argument("--budget", type=options.count, default=1024)
+    parser.add_argument("--rounds", type=options.count, default=6)
     parser.add_argument("--out", type=Path, help="write the last line there too")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
-    args = parser.parse_args(arguments)
+    args = parser.checked(arguments)
     say: Callable[[str], None] = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
     error = check()
     model, rows = random_model(args.layers, shape=args.shape), []
@@ -103,8 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
                 say(f"  {row['variant']:<13}{row['tokens_per_s']:9.1f} tokens/s {row['ms_per_step']:10.1f} ms a step")
             rows += new
     line = json.dumps({"rows": rows, "shape": args.shape, "dtype": "bfloat16", "check_logits": error} | environment())
-    if args.out:
-        args.out.write_text(line + "\n", encoding="utf-8")
+    options.write_line(args, line)
     print(line)
 
 

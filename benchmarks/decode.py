@@ -37,6 +37,7 @@ from torch import Tensor
 from attnpred.config import CacheConfig
 from attnpred.evaluation.book import demo_book
 from attnpred.hf import TieredCache, load_model, pack_weights
+from benchmarks import options
 from benchmarks.baselines import FloorLayer, Variant, make_variants, step, switchable
 from benchmarks.environment import environment
 from benchmarks.models import DTYPES, SHAPES, fill, random_model, row_bytes
@@ -239,23 +240,25 @@ def growth(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> list[d
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="attnpred bench decode", description=__doc__.partition("\n")[0])
+    parser = options.Options(prog="attnpred bench decode", description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=("demo", *SHAPES), default=["demo", "1b", "8b"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of random models")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16_384, 32_768, 65_536])
-    parser.add_argument("--budget", type=float, default=1024, help="tokens, or a share up to 1")
+    parser.add_argument("--contexts", type=options.count, nargs="+", default=[4096, 16_384, 32_768, 65_536])
+    parser.add_argument("--budget", type=options.budget, default=1024, help="tokens, or a share up to 1")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--policies", type=lambda text: text.split(","), default=[], help="further policies, by commas")
     parser.add_argument(
         "--weights", choices=("int8", "int4"), default=None, help="pack those of linear layers, in all variants"
     )
-    parser.add_argument("--layers", type=int, default=None, help="layers of random models (8b has 2 by default)")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=None, help="steps of a variant in each round")
+    parser.add_argument(
+        "--layers", type=options.count, default=None, help="layers of random models (8b has 2 by default)"
+    )
+    parser.add_argument("--rounds", type=options.count, default=12)
+    parser.add_argument("--steps", type=options.count, default=None, help="steps of a variant in each round")
     parser.add_argument("--first-token", action="store_true", help="also time a first token, with and without numba")
     parser.add_argument("--out", type=Path, help="write the last line there too")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
-    args = parser.parse_args(arguments)
+    args = parser.checked(arguments)
     args.budget = int(args.budget) if args.budget > 1 else args.budget
     say: Callable[[str], None] = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
     error = check()
@@ -303,8 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
         found["first_token_s"] = compare()
         say(f"first token: {found['first_token_s']}")
     line = json.dumps(found | environment())
-    if args.out:
-        args.out.write_text(line + "\n", encoding="utf-8")
+    options.write_line(args, line)
     print(line)
 
 

@@ -7,7 +7,6 @@ steps of `predicted`, without the weights of a model: what the process has more 
 JSON.
 """
 
-import argparse
 import ctypes
 import json
 import resource
@@ -24,6 +23,7 @@ from attnpred.hf.sizes import estimate_for
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.policies.predicted import Predicted
 from attnpred.predictor.pretrained import Predictor, shipped
+from benchmarks import options
 from benchmarks.environment import environment
 from benchmarks.models import SHAPE_1B
 
@@ -67,14 +67,14 @@ def run(cache: TieredCache, context: int, steps: int) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="attnpred bench memory", description=__doc__.partition("\n")[0])
-    parser.add_argument("--context", type=int, default=1 << 15)
-    parser.add_argument("--budget", type=float, default=1 / 13)
-    parser.add_argument("--steps", type=int, default=8)
+    parser = options.Options(prog="attnpred bench memory", description=__doc__.partition("\n")[0])
+    parser.add_argument("--context", type=options.count, default=1 << 15)
+    parser.add_argument("--budget", type=options.budget, default=1 / 13)
+    parser.add_argument("--steps", type=options.count, default=8)
     parser.add_argument("--offload", choices=("none", "cpu", "disk"), default="disk")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--json", action="store_true", help="the last line is JSON in any case")
-    args = parser.parse_args(arguments)
+    args = parser.checked(arguments)
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
     settings = CacheConfig(budget=args.budget, late_share=0.05)
     if args.offload != "none":

@@ -14,7 +14,6 @@ as on the demo LM's real decode, which is measured first (`real_decode`) and pri
 Variants take turns within one process; figures are medians over all steps, with their spread. The last line is JSON.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -36,6 +35,7 @@ from attnpred.policies.base import Policy, View
 from attnpred.policies.predicted import Predicted
 from attnpred.predictor.memory import Memory
 from attnpred.predictor.pretrained import Predictor, shipped
+from benchmarks import options
 from benchmarks.environment import environment
 from benchmarks.models import fill, random_model
 
@@ -168,17 +168,19 @@ def real_decode(context: int, steps: int, folder: Path | None, say: Callable[[st
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="attnpred bench offload", description=__doc__.partition("\n")[0])
-    parser.add_argument("--context", type=int, default=1 << 15)
-    parser.add_argument("--budget", type=float, default=1 / 13)
-    parser.add_argument("--steps", type=int, default=6, help="steps of a variant in each round")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--churn", type=float, default=None, help="default: what the demo LM's real decode shows")
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--demo-steps", type=int, default=128, help="steps of the demo LM's real decode")
+    parser = options.Options(prog="attnpred bench offload", description=__doc__.partition("\n")[0])
+    parser.add_argument("--context", type=options.count, default=1 << 15)
+    parser.add_argument("--budget", type=options.budget, default=1 / 13)
+    parser.add_argument("--steps", type=options.count, default=6, help="steps of a variant in each round")
+    parser.add_argument("--rounds", type=options.count, default=4)
+    parser.add_argument(
+        "--churn", type=options.share, default=None, help="default: what the demo LM's real decode shows"
+    )
+    parser.add_argument("--layers", type=options.count, default=16)
+    parser.add_argument("--demo-steps", type=options.count, default=128, help="steps of the demo LM's real decode")
     parser.add_argument("--folder", type=Path, default=None, help="where the files go")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
-    args = parser.parse_args(arguments)
+    args = parser.checked(arguments)
     say: Callable[[str], None] = (lambda line: None) if args.json else print
     real = real_decode(min(8192, args.context), args.demo_steps, args.folder, say)
     churn = real["churn"] if args.churn is None else args.churn

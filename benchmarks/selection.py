@@ -17,7 +17,6 @@ Layers take turns, so that no data is in a cache from the step before, and atten
 Variants are interleaved; figures are medians with the quartiles.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -40,6 +39,7 @@ from attnpred.predictor.predictor_config import PredictorConfig
 from attnpred.predictor.pretrained import Predictor
 from attnpred.store.pool import BlockPool
 from attnpred.telemetry import LayerCounts
+from benchmarks import options
 from benchmarks.environment import environment
 
 HEADS, KV_HEADS, DIM, BLOCK, BUDGET, LAYERS = 32, 8, 128, 16, 1024, 3
@@ -165,13 +165,13 @@ def measure(context: int, rounds: int, only: list[str] | None = None) -> list[di
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
+    parser = options.Options(prog="attnpred bench selection", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=options.count, default=15)
+    parser.add_argument("--contexts", type=options.count, nargs="*", default=CONTEXTS)
     parser.add_argument("--out", type=Path, help="Write the last line there too.")
     parser.add_argument("--variants", nargs="*", help="Only these.")
     parser.add_argument("--json", action="store_true", help="the last line is JSON in any case")
-    args = parser.parse_args(arguments)
+    args = parser.checked(arguments)
     rows: list[dict[str, Any]] = []
     for context in args.contexts:
         for row in measure(context, args.rounds, args.variants):
@@ -180,8 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             rows.append(row)
     found = json.dumps({**environment(), "kernels": kernels.DIGEST, "rows": rows})
-    if args.out:
-        args.out.write_text(found + "\n", encoding="utf-8")
+    options.write_line(args, found)
     print(found)
 
 

@@ -119,8 +119,9 @@ def test_a_target_names_the_file_that_would_be_written(tmp_path: Path) -> None:
 
 def test_a_file_can_be_tried_out_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
-    for name in ("file", "new", "a/folder/that/is/not/there"):
+    for name in ("file", "new"):
         try_out(tmp_path / name)
+    try_out(tmp_path / "a/folder/that/is/not/there", makes_folder=True)
     assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "old"
     (tmp_path / "loop").symlink_to("loop")
     for name, why in {
@@ -129,11 +130,13 @@ def test_a_file_can_be_tried_out_before_the_work(tmp_path: Path) -> None:
         "file/below": "Not a directory",
         ".": "which is a folder",
         "file/below/it": "Not a directory",
+        "no/such/folder": "No such file or directory",
     }.items():
-        with pytest.raises(OutputError, match=why):
-            try_out(tmp_path / name)
+        for makes_folder in (False, name != "no/such/folder"):
+            with pytest.raises(OutputError, match=why):
+                try_out(tmp_path / name, makes_folder=makes_folder)
     with pytest.raises(OutputError, match=r"got .*, expected to write a file there"):
-        try_out(Path("/proc/nothing/here"))
+        try_out(Path("/proc/nothing/here"), makes_folder=True)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ what was expected, before any long work.""",
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run all matrices; return the figures."""
+    """Run the matrices that are wanted; return their figures."""
     from tests.cli.matrix import cases
     from tests.cli.matrix_run import run_all
     from tests.reliability.flip import flips
@@ -65,20 +65,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)  # the writers are forks
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "cases").mkdir()
-        soaked, middle, end = soak(folder / "soak", args.calls, args.seed)
-        found = {
-            "kill": kills(folder / "kill", args.kills, args.seed),
-            "flip": flips(folder / "flip", args.flips, args.seed),
-            "soak": soaked,
-            "command_line": run_all(cases(folder / "cases")),
+        figures: dict[str, Any] = {
+            "seed": args.seed,
+            "versions": {package: version(package) for package in ("torch", "transformers")},
         }
-    return {
-        "seed": args.seed,
-        "versions": {package: version(package) for package in ("torch", "transformers")},
-        "held": {"middle": asdict(middle), "end": asdict(end)},
-        **{kind: [outcome.as_dict() for outcome in outcomes] for kind, outcomes in found.items()},
-    }
+        for kind in args.only or HEADS:
+            (folder / kind).mkdir()
+            if kind == "soak":
+                outcomes, middle, end = soak(folder / kind, args.calls, args.seed)
+                figures["held"] = {"middle": asdict(middle), "end": asdict(end)}
+            elif kind == "kill":
+                outcomes = kills(folder / kind, args.kills, args.seed)
+            elif kind == "flip":
+                outcomes = flips(folder / kind, args.flips, args.seed)
+            else:
+                outcomes = run_all(cases(folder / kind))
+            figures[kind] = [outcome.as_dict() for outcome in outcomes]
+    return figures
 
 
 def page(figures: dict[str, Any]) -> str:
@@ -127,11 +130,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--flips", type=int, default=40, help="of each kind of file and damage")
     parser.add_argument("--calls", type=int, default=400, help="of the soak")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=HEADS, help="measure these anew, keep the others' figures")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     parser.add_argument("--check", action="store_true", help="measure and write nothing")
     args = parser.parse_args(arguments)
     if not args.page and not args.check:
-        FIGURES.write_text(json.dumps(measure(args), indent=1) + "\n", encoding="utf-8")
+        known = json.loads(FIGURES.read_text(encoding="utf-8")) if args.only else {}
+        FIGURES.write_text(json.dumps(known | measure(args), indent=1) + "\n", encoding="utf-8")
     figures = json.loads(FIGURES.read_text(encoding="utf-8"))
     text = page(figures)
     if not args.check:

@@ -33,7 +33,8 @@ def analyse_layers(
     from attnpred.evaluation.layer_analysis import analyse_layers as run
     from attnpred.files import try_out
     from attnpred.hf import load_model
-    from attnpred.report.layers_figure import check_name, draw
+    from attnpred.report.figure_file import try_out_figure
+    from attnpred.report.layers_figure import FORMATS, draw
 
     files = text_files(text)
     for option, value in (("tokens", tokens), ("rows", rows), ("per_file", per_file)):
@@ -42,8 +43,7 @@ def analyse_layers(
         raise ConfigError(f"got delta={delta!r}, expected a similarity from 0 to 1")
     try_out(out)
     if figure is not None:
-        check_name(figure)
-        try_out(figure)
+        try_out_figure(figure, FORMATS)
     lm, tokenizer = load_model(model, dtype=dtype)
     name = "attnpred demo LM" if model == "demo" else model
     found = run(lm, tokenizer, files, base_model=name, delta=delta, tokens=tokens, rows=rows, per_file=per_file)

@@ -40,7 +40,7 @@ def capture(
         checks.whole("per_file", per_file, 1)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"got {out}, expected a folder, or a new name for one")
-    try_out(out / "traces.json")
+    try_out(out / "traces.json", makes_folder=True)
     lm, tokenizer = load_model(model, dtype=dtype)
     name = "attnpred demo LM" if model == "demo" else model
     count = run(

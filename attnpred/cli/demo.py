@@ -14,6 +14,10 @@ from attnpred.config import CacheConfig
 
 EMBEDDED_ONLY = ("context", "documents", "steps")
 """Options that only `--model demo` has a use for."""
+EMBEDDED = {"context": 7680, "documents": 5, "steps": 256}
+"""What they are then. The model was made for 8,192 tokens: the context leaves room for questions and continuation."""
+FORMATS = (".png", ".svg", ".pdf")
+"""What the picture may be; of a page that was read it is the first."""
 
 
 @cache_options(
@@ -48,22 +52,36 @@ def demo(
     """Let a model read a book once, and answer questions about it with the full KV cache and with parts of it."""
     import sys
 
+    from attnpred import checks
     from attnpred.cli.about_text import compile_kernels
     from attnpred.cli.demo_columns import Wanted, read_and_ask
     from attnpred.cli.demo_embedded import embedded
+    from attnpred.cli.words import words
     from attnpred.errors import ConfigError, FetchError, MissingExtraError
+    from attnpred.evaluation.comparison import Plan
+    from attnpred.evaluation.variants import parse_variant
+    from attnpred.files import try_out
     from attnpred.hf import load_model
+    from attnpred.reading import read_text
+    from attnpred.report.figure_file import try_out_figure
 
-    if text is not None and not text.is_file():
-        raise ConfigError(f"got {text}, expected a text file")
-    for path in (figure, attention):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"got {path}, expected a file in a folder that exists")
     only = zip(EMBEDDED_ONLY, (context, documents, steps), strict=True)
     own: dict[str, Any] = {name: value for name, value in only if value is not None}
     if own and model != "demo":
         raise ConfigError(f"got --{next(iter(own))} with model {model!r}, expected it with --model demo: leave it out")
-    wanted = Wanted(model, dtype, config, policies, compression, text, seed, figure, attention, as_json)
+    variants = [parse_variant(word) for word in words(policies)]
+    if not variants:
+        raise ConfigError(f"got --policies {policies!r}, expected at least one (see `attnpred info policies`)")
+    checks.compression(compression)
+    plan = Plan(**(EMBEDDED | own), seed=seed)
+    book = None if text is None else read_text(text)
+    if book is not None and not book.strip():
+        raise ConfigError(f"got an empty text in {text}, expected some sentences to hide facts in")
+    if figure is not None:
+        try_out_figure(figure, FORMATS if model == "demo" else FORMATS[:1])
+    if attention is not None:
+        try_out(attention)
+    wanted = Wanted(model, dtype, config, variants, compression, text, book, plan, figure, attention, as_json)
     if model != "demo":
         try:
             loaded, tokenizer = load_model(model, dtype=dtype)
@@ -72,4 +90,4 @@ def demo(
         else:
             compile_kernels(loaded.device.type)
             return read_and_ask(wanted, loaded, tokenizer)
-    return embedded(wanted, **own)
+    return embedded(wanted)

@@ -12,8 +12,10 @@ from attnpred.config import CacheConfig
 
 if TYPE_CHECKING:
     from attnpred.evaluation.columns import Column, Given
+    from attnpred.evaluation.comparison import Plan
     from attnpred.evaluation.quiz import Quiz, QuizFact
     from attnpred.evaluation.shown import Shown
+    from attnpred.evaluation.variants import Variant
 
 SPARE = 256
 """Tokens of the model's context that a text leaves for a question and its answer."""
@@ -21,15 +23,16 @@ SPARE = 256
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What was asked for on the command line; see the options of `attnpred demo`."""
+    """What was asked for on the command line, and checked; see the options of `attnpred demo`. book: what is in `text`."""
 
     model: str
     dtype: str
     config: CacheConfig
-    policies: str
+    variants: "list[Variant]"
     compression: float
     text: Path | None
-    seed: int
+    book: str | None
+    plan: "Plan"
     figure: Path | None
     attention: Path | None
     as_json: bool
@@ -42,7 +45,6 @@ def read_and_ask(wanted: Wanted, model: Any, tokenizer: Any) -> None:
 
     from tqdm import tqdm
 
-    from attnpred.cli.words import words
     from attnpred.errors import ConfigError
     from attnpred.evaluation.columns import Asking, read_text
     from attnpred.evaluation.comparison import IN_MEMORY, compressed
@@ -51,16 +53,16 @@ def read_and_ask(wanted: Wanted, model: Any, tokenizer: Any) -> None:
     from attnpred.evaluation.variants import parse_variant
     from attnpred.reading import read_text as read_file
 
-    quiz = make_quiz(tokenizer, read_file(wanted.text or TEXT), wanted.seed)
+    book = read_file(TEXT) if wanted.book is None else wanted.book
+    quiz = make_quiz(tokenizer, book, wanted.plan.seed)
     limit = model.config.get_text_config().max_position_embeddings - SPARE
     if len(quiz.ids) > limit:
         raise ConfigError(
             f"got {len(quiz.ids)} tokens of text, expected at most {limit} for {wanted.model}: give a shorter one"
         )
     source = str(wanted.text) if wanted.text else f"a part of {TITLE}"
-    variants = [parse_variant(word) for word in words(wanted.policies)]
     chosen = [("full", *parse_variant("full").make(model.config, replace(wanted.config, **IN_MEMORY)))]
-    for variant in variants:
+    for variant in wanted.variants:
         chosen.append((variant.label, *compressed(model, variant, wanted.config, len(quiz.ids), wanted.compression)))
     print(f"{wanted.model} reads {source}: {len(quiz.ids):,} tokens, in which {len(quiz.facts)} facts are hidden.")
     with tqdm(total=len(quiz.ids), unit=" tokens", desc="reading", file=sys.stderr) as bar:
@@ -77,11 +79,11 @@ def read_and_ask(wanted: Wanted, model: Any, tokenizer: Any) -> None:
         print(f"  {columns[-1].correct} of {len(quiz.facts)} right.\n")
     print(table(columns))
     result = {
-        "model": wanted.model, "text": source, "context_tokens": len(quiz.ids), "seed": wanted.seed, "compression": wanted.compression,
+        "model": wanted.model, "text": source, "context_tokens": len(quiz.ids), "seed": wanted.plan.seed, "compression": wanted.compression,
         "offload": wanted.config.offload, "read_seconds": read.seconds, "figure": None, "attention": None,
         "columns": [column.as_dict() for column in columns],
     }  # fmt: skip
-    if variants and (wanted.figure is not None or wanted.attention is not None):
+    if wanted.figure is not None or wanted.attention is not None:
         given = _worth_showing(quiz, columns[1].answers)
         shown = look_at(model, tokenizer, read, given, *chosen[1][1:])
         result |= _show(wanted, tokenizer, source, quiz, given, shown)

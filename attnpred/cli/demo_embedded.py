@@ -4,9 +4,6 @@ from typing import Any
 
 from attnpred.cli.demo_columns import Wanted
 
-CONTEXT = 7680
-"""Tokens of the book that are read: what the model was made for (8,192), less questions, answers and continuation."""
-
 LONGEST = 64
 """Tokens of a question and its answer, and a few to spare."""
 
@@ -17,22 +14,19 @@ WHERE = {
 }
 
 
-def embedded(wanted: Wanted, context: int = CONTEXT, documents: int = 5, steps: int = 256) -> None:
+def embedded(wanted: Wanted) -> None:
     """Answer questions about a long book twice: with the full KV cache, and with the part that the first policy chooses."""
     import json
     import sys
 
-    from attnpred.cli.words import words
     from attnpred.errors import ConfigError
     from attnpred.evaluation.book import demo_book
-    from attnpred.evaluation.comparison import Plan, compare, compressed
-    from attnpred.evaluation.variants import parse_variant
+    from attnpred.evaluation.comparison import compare, compressed
     from attnpred.hf import load_model
-    from attnpred.reading import read_text
 
     figure, attention = wanted.figure, wanted.attention
-    variant = parse_variant(words(wanted.policies)[0])
-    policy = variant.label
+    variant, plan = wanted.variants[0], wanted.plan
+    policy, context, steps = variant.label, plan.context, plan.steps
     model, tokenizer = load_model("demo", dtype=wanted.dtype)
     room = int(model.config.max_position_embeddings) - max(steps, LONGEST)
     if context > room:
@@ -40,8 +34,7 @@ def embedded(wanted: Wanted, context: int = CONTEXT, documents: int = 5, steps: 
             f"got {context} tokens of context and {steps} steps, expected at most {room} before them: the model was made for "
             f"{model.config.max_position_embeddings} in all; lower --context or --steps"
         )
-    book = demo_book() if wanted.text is None else read_text(wanted.text)
-    plan = Plan(context=context, documents=documents, steps=steps, seed=wanted.seed)
+    book = demo_book() if wanted.book is None else wanted.book
     chooses, settings = compressed(model, variant, wanted.config, context, wanted.compression)
     result = compare(
         model,

@@ -37,7 +37,7 @@ def report(
         raise ConfigError(f"got --out {out}, which is also read, expected another file")
     try_out(out)
     if figures is not None:
-        try_out(figures / "x.svg")
+        try_out(figures / "x.svg", makes_folder=True)
     found = read_rows(rows, lambda line: print(line, file=sys.stderr))
     made = build(
         found,

@@ -42,7 +42,7 @@ def train(
     if predictor not in ("streaming", "general", "cnn", "seer-gate"):
         raise ConfigError(f"got --predictor {predictor!r}, expected streaming, general, cnn or seer-gate")
     block_size = TraceReader(traces).meta.block_size
-    try_out(out / "config.json")
+    try_out(out / "config.json", makes_folder=True)
     for name, tokens in (("--sink-tokens", sink_tokens), ("--recent-tokens", recent_tokens)):
         if tokens % block_size:
             raise ConfigError(f"got {name} {tokens}, expected a multiple of the traces' block size {block_size}")

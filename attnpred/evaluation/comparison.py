@@ -223,8 +223,7 @@ def demo_settings(
     A dense layer reads all of its KV; a calibration row reads all keys, half of a layer's KV, every `calibration_interval`
     steps; `digests` is the share of a sparse layer's KV that its digests take, which are read in every step.
     """
-    if not checks.is_finite(compression) or compression <= 1:
-        raise ConfigError(f"got compression={compression}, expected more than 1")
+    checks.compression(compression)
     dense, interval = sum(map(config.is_dense_layer, range(layers))) / layers, config.calibration_interval
     calibration = 0.5 / interval if interval else 0
     of_a_layer = (1 / compression - dense) / (1 - dense) if dense < 1 else 0

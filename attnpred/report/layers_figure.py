@@ -3,23 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from attnpred.errors import ConfigError, missing_extra
+from attnpred.errors import missing_extra
 from attnpred.predictor.layer_groups import LayerGroups
-from attnpred.report.figure_file import save_figure
+from attnpred.report.figure_file import save_figure, try_out_figure
 
 COLUMNS = 4
 FORMATS = (".png", ".svg")
 
 
-def check_name(path: Path) -> None:
-    """Raise `ConfigError` unless `path` names a picture that can be written."""
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"got {path}, expected a name that ends in {' or '.join(FORMATS)}")
-
-
 def draw(found: LayerGroups, path: Path) -> None:
     """Write a PNG or an SVG, as the name says."""
-    check_name(path)
+    try_out_figure(path, FORMATS)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

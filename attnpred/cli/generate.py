@@ -86,7 +86,8 @@ def generate(
             packed = counters["weights"]
             left = "".join(f", {count} {name} left" for name, count in packed["left"].items())
             print(
-                f"weights: {packed['layers']} layers as {packed['kind']}, {packed['bytes']:,} bytes{left}",
+                f"weights: {packed['layers']} layers as {packed['kind']}, {packed['bytes']:,} bytes{left}; "
+                f"{packed['compiled']:,} steps of decoder layers compiled, {packed['hooked']:,} stock for a hook's sake",
                 file=sys.stderr,
             )
         print(f"fast memory: {counters['fast_bytes']:,} bytes", file=sys.stderr)

@@ -18,7 +18,7 @@ from attnpred.hf.attention import attention, make_mask
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.cache_argument import NAME, cache_argument, take_cache
 from attnpred.hf.call import Call, watch
-from attnpred.hf.packing import Packing, unpacked_copy
+from attnpred.hf.packing import Packing, copied_plain
 from attnpred.hf.tally import Tally
 
 logger = logging.getLogger("attnpred")
@@ -159,7 +159,7 @@ class Attached:
         for hook in copy.deepcopy(self._hooks, memo):  # those of the copy, for it is in the memo
             hook.remove()
         copied.set_attn_implementation(self._stock_implementation)
-        unpacked_copy(copied)
+        copied_plain(self._packing, memo)
         return copied
 
     def _refuse_to_pickle(self, protocol: int) -> Any:

@@ -67,11 +67,11 @@ class Together:
 class PackedForward:
     """Stands for the `forward` of a layer: matrix `number` of those in `together`. A copy of the layer shares it."""
 
-    __slots__ = ("_original", "_version", "kind", "number", "together")
+    __slots__ = ("_original", "_parameters", "_version", "kind", "number", "together")
 
-    def __init__(self, together: Together, number: int, kind: str, original: Tensor) -> None:
+    def __init__(self, together: Together, number: int, kind: str, layer: nn.Linear) -> None:
         self.together, self.number, self.kind = together, number, kind
-        self._original, self._version = original, _version(original)
+        self._parameters, self._original, self._version = layer._parameters, layer.weight, version(layer.weight)
 
     def __call__(self, input: Tensor) -> Tensor:  # the name that nn.Linear has for it
         """Return what the layer makes of input [..., width]. Raises `ConfigError`."""
@@ -80,7 +80,7 @@ class PackedForward:
             raise ConfigError(
                 "got a call that records gradients, expected none with packed weights: call the model under torch.no_grad()"
             )
-        if _version(self._original) != self._version:
+        if self._parameters["weight"] is not self._original or version(self._original) != self._version:
             raise ConfigError(
                 "got weights that were changed after they were packed, expected the same ones: detach the model before"
             )
@@ -101,6 +101,6 @@ class PackedForward:
         raise ConfigError("got packed weights to pickle, expected plain ones: detach the model first")
 
 
-def _version(tensor: Tensor) -> int | None:
+def version(tensor: Tensor) -> int | None:
     """Return how often a tensor was changed in place; None where nobody counts."""
     return None if tensor.is_inference() else tensor._version

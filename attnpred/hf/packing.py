@@ -3,7 +3,8 @@
 Each plain `nn.Linear`, the language-model head too, gets a `forward` of its own, an attribute of the instance, which is
 taken away again. Its weight stays where it is, untouched: it comes back bit for bit, and memory grows by the packed copy.
 What the copy stands for is the model meanwhile, for prompts as well: there the matrix is unpacked piece by piece, and torch
-multiplies. Projections that read the same input (`FUSED`) are one call (`attnpred.hf.packed_forward`).
+multiplies. Projections that read the same input (`FUSED`) are one call (`attnpred.hf.packed_forward`), and layers of known
+families are two (`attnpred.hf.compiled_layer`).
 
 The language-model head never has less than 8 bits: in 4 it costs SmolLM2 0.07 nats a token, all other layers together
 next to nothing (docs/LOG.md).
@@ -36,6 +37,7 @@ class Packing:
     def __init__(self, model: PreTrainedModel, kind: str) -> None:
         self.kind, self.bytes, self.left = kind, 0, Counter[str]()
         self._layers: list[nn.Linear] = []
+        self._compiled: list[tuple[nn.Module, Any]] = []
         self._head = model.get_output_embeddings()
         adapted = {id(part) for part in adapters(model)}
         try:
@@ -45,6 +47,7 @@ class Packing:
                     plain = [layer for layer in layers if _is_plain(layer) and id(layer) not in adapted]
                     if plain:
                         self._pack(plain)
+            self._compile(model)
         except BaseException:
             self.undo()
             raise
@@ -57,8 +60,17 @@ class Packing:
         self.bytes += sum(weight.bytes() for weight in weights)
         together = Together(layers, weights)
         for number, layer in enumerate(layers):
-            vars(layer)["forward"] = PackedForward(together, number, self.kind, layer.weight)
+            vars(layer)["forward"] = PackedForward(together, number, self.kind, layer)
             self._layers.append(layer)
+
+    def _compile(self, model: nn.Module) -> None:
+        from attnpred.hf.compiled_layer import compiled_forward
+
+        for module in model.modules():
+            found = compiled_forward(module)
+            if found is not None:
+                vars(module)["forward"] = found
+                self._compiled.append((module, found))
 
     def _count_left(self, module: nn.Module, adapted: set[int]) -> None:
         if isinstance(module, nn.Linear):
@@ -70,15 +82,23 @@ class Packing:
             self.left[type(module).__name__] += 1
 
     def stats(self) -> dict[str, Any]:
-        """Return how many layers are packed in how many bytes, and how many with a matrix were left, by their class."""
-        return {"kind": self.kind, "layers": len(self._layers), "bytes": self.bytes, "left": dict(self.left)}
+        """Return how many layers are packed in how many bytes, and how many with a matrix were left, by their class.
+
+        compiled: steps of whole decoder layers that were compiled calls; hooked: those that were stock for a hook's sake.
+        """
+        steps, hooked = (sum(getattr(found, name) for _, found in self._compiled) for name in ("steps", "hooked"))
+        packed = {"kind": self.kind, "layers": len(self._layers), "bytes": self.bytes, "left": dict(self.left)}
+        return packed | {"compiled": steps, "hooked": hooked}
+
+    def changed(self) -> list[nn.Module]:
+        """Return the modules that have a `forward` of ours."""
+        return [*self._layers, *(module for module, _ in self._compiled)]
 
     def undo(self) -> None:
         """Give the model back as it was; a second call does nothing."""
-        for layer in self._layers:
-            if is_packed(layer):
-                del vars(layer)["forward"]
-        self._layers = []
+        for module in self.changed():
+            vars(module).pop("forward", None)
+        self._layers, self._compiled = [], []
 
     def __enter__(self) -> "Packing":
         return self
@@ -122,11 +142,10 @@ def is_packed(module: nn.Module) -> bool:
     return packed_kind(module) is not None
 
 
-def unpacked_copy(copied: nn.Module) -> None:
-    """Make a copy of a packed model a plain one."""
-    for module in copied.modules():
-        if is_packed(module):
-            del vars(module)["forward"]
+def copied_plain(packing: Packing | None, memo: dict[int, Any]) -> None:
+    """Make the copies in `memo`, of what is packed, plain ones."""
+    for module in [] if packing is None else packing.changed():
+        vars(memo[id(module)]).pop("forward", None)
 
 
 def _groups(module: nn.Module) -> Iterator[list[nn.Linear]]:

@@ -1,0 +1,140 @@
+"""Decoder layers of the Llama shape as two compiled calls a step, attention between them (`attnpred.kernels.numba_layer`).
+
+A layer of a class in `LAYERS` whose weights are packed gets a `forward` of its own. It takes a decode step of a few rows
+with a `TieredCache` of an attached model; every other call, a prompt above all, is the stock `forward`. The layer's output
+is what stock users see. Its parts are not called then: so where somebody hooks one, or gives it another `forward` or weight,
+the layer is stock again, as long as that lasts, and the steps are counted.
+"""
+
+from types import MethodType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+from attnpred.errors import ConfigError
+from attnpred.hf.attention import attention
+from attnpred.hf.cache import IMPLEMENTATION, TieredCache
+from attnpred.hf.cache_argument import NAMES
+from attnpred.hf.packed_forward import PackedForward, version
+from attnpred.kernels.numba_layer import Layer, Norm
+from attnpred.kernels.numba_linear import MOST
+
+LAYERS = {
+    "LlamaDecoderLayer": ("LlamaAttention", "LlamaMLP", "LlamaRMSNorm"),
+    "MistralDecoderLayer": ("MistralAttention", "MistralMLP", "MistralRMSNorm"),
+    "Qwen2DecoderLayer": ("Qwen2Attention", "Qwen2MLP", "Qwen2RMSNorm"),
+}
+"""Classes of transformers whose layers are a norm, attention with rotary embedding, a norm, and an MLP with a gate."""
+SILU = ("SiLU", "SiLUActivation")
+OF_TRANSFORMERS = "transformers.utils.output_capturing"
+"""Where hooks come from that stay, and do nothing unless attention weights are asked for, which is refused."""
+
+
+@final
+class CompiledForward:
+    """Stands for the `forward` of a decoder layer; steps: those that it took; hooked: those that a hook gave back."""
+
+    kind = None
+    """Nothing is packed here (`attnpred.hf.weights.packed_kind`)."""
+
+    def __init__(self, layer: Any, layer_of: Layer) -> None:
+        self._stock, self._module, self._layer = type(layer).forward, layer, layer_of
+        self._attention = layer.self_attn
+        self._sliding = {"sliding_window": getattr(layer.self_attn, "sliding_window", None)}
+        self._parts = [
+            (holder._modules, name, part, vars(part).get("forward"))
+            for holder in layer.modules()
+            for name, part in holder.named_children()
+        ]
+        self._weights = [
+            (x._parameters, x.weight, version(x.weight)) for x in layer.modules() if "weight" in x._parameters
+        ]
+        self.steps = self.hooked = 0
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's output [B, Q, width]."""
+        if not args and self._is_step(hidden_states, kwargs):
+            if self._is_free():
+                self.steps += 1
+                return self._step(hidden_states, **kwargs)
+            self.hooked += 1
+        return self._stock(self._module, hidden_states, *args, **kwargs)
+
+    def _is_step(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
+        shape, cache = x.shape, next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+        tables = kwargs.get("position_embeddings")
+        return (
+            len(shape) == 3
+            and shape[1] == 1
+            and shape[0] <= MOST
+            and tables is not None
+            and x.dtype == tables[0].dtype == self._layer.dtype
+            and tables[0].shape[-1] == self._layer.dim
+            and type(cache) is TieredCache
+            and self._attention.config._attn_implementation == IMPLEMENTATION
+            and not self._module.training
+            and not (x.requires_grad and torch.is_grad_enabled())
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _is_free(self) -> bool:
+        """Return whether nobody listens to a part of the layer, or has changed what it is or does."""
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return False
+        for parameters, weight, known in self._weights:
+            if parameters.get("weight") is not weight or version(weight) != known:
+                return False
+        for children, name, part, forward in self._parts:
+            own = part.__dict__
+            if children.get(name) is not part or own.get("forward") is not forward or own["_forward_pre_hooks"]:
+                return False
+            hooks = own["_forward_hooks"]
+            if hooks and any(hook.__module__ != OF_TRANSFORMERS for hook in hooks.values()):
+                return False
+        return True
+
+    def _step(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, position_embeddings: Any, **kwargs: Any
+    ) -> Tensor:
+        cache: Any = next(found for found in (kwargs.pop(name, None) for name in NAMES) if found is not None)
+        hidden, own = hidden_states.detach().contiguous(), self._attention
+        query, key, value = self._layer.head(hidden, *(table.contiguous() for table in position_embeddings))
+        key, value = cache.update(key, value, own.layer_idx)
+        found, _ = attention(
+            own, query, key, value, attention_mask, dropout=0.0, scaling=own.scaling, **self._sliding, **kwargs
+        )
+        return self._layer.tail(hidden, found.reshape(*hidden.shape[:2], -1).contiguous())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return the stock `forward` of the layer's copy."""
+        return MethodType(self._stock, memo[id(self._module)])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError("got packed weights to pickle, expected plain ones: detach the model first")
+
+
+def compiled_forward(layer: Any) -> CompiledForward | None:
+    """Return what stands for the `forward` of a layer; None where it cannot be compiled."""
+    names = LAYERS.get(type(layer).__name__)
+    if names is None or "forward" in vars(layer) or not type(layer).__module__.startswith("transformers.models."):
+        return None
+    own, mlp = layer.self_attn, layer.mlp
+    parts = (type(own).__name__, type(mlp).__name__, type(layer.input_layernorm).__name__)
+    if parts != names or type(mlp.act_fn).__name__ not in SILU:
+        return None
+    groups = [(own.q_proj, own.k_proj, own.v_proj), (own.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
+    packed = [[vars(one).get("forward") for one in group] for group in groups]
+    if not all(isinstance(one, PackedForward) for group in packed for one in group):
+        return None
+    inputs, output, gate_up, down = (group[0].together.all for group in packed)
+    if [len(group) for group in groups] != [len(one.rows) for one in (inputs, output, gate_up, down)]:
+        return None  # not all in one call
+    before, after = (
+        Norm(norm.weight.detach(), norm.variance_epsilon)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+    )
+    if before.weight.dtype != inputs.dtype or after.weight.dtype != inputs.dtype:
+        return None
+    return CompiledForward(layer, Layer(before, inputs, output, after, gate_up, down, own.head_dim))

@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import attnpred
+from attnpred import hf
 
 PUBLIC = ["AttnpredError", "CacheConfig", "Predictor", "TieredCache", "__version__", "attach"]
 HEAVY = ("torch", "transformers", "numba", "triton", "numpy")
@@ -36,6 +39,18 @@ def test_import_is_light() -> None:
 
 def test_the_check_can_fail() -> None:
     assert "numpy" in loaded_after("import numpy")
+
+
+def test_the_list_of_named_models_is_light() -> None:
+    assert loaded_after("from attnpred.cli.models import collect; collect()").isdisjoint(HEAVY)
+
+
+def test_every_name_of_hf_is_found_and_hides_no_module() -> None:
+    """A module of the same name would be found in its place, once anybody has loaded it."""
+    assert sorted(hf._HOMES) == sorted(hf.__all__)
+    assert all(getattr(hf, name).__class__ is not ModuleType for name in hf.__all__)
+    assert not {path.stem for path in Path(hf.__file__).parent.glob("*.py")} & set(hf.__all__)
+    assert not hasattr(hf, "no_such_name")
 
 
 def test_the_command_line_is_light() -> None:

@@ -59,7 +59,7 @@ def fetch(name: str | None) -> str:
 def collect() -> list[dict[str, Any]]:
     """Return the rows of the list, ready for JSON. download: bytes; here: the folder, or None."""
     from attnpred.hf import named_models
-    from attnpred.hf.gguf_file import folder_of
+    from attnpred.hf.named_models import folder_of
 
     rows = [DEMO | {"download": 0, "here": str(named_models.DEMO_MODEL)}]
     for name, model in named_models.NAMED_MODELS.items():

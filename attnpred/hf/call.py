@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from attnpred.hf.cache_argument import NAMES, cache_argument, take_cache
+from attnpred.hf.argument import NAMES, cache_argument, take_cache
 
 
 @dataclass(slots=True)

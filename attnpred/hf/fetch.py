@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 from attnpred.errors import FetchError
 from attnpred.hf import named_models
-from attnpred.hf.gguf_file import converted, folder_of, need_extra
-from attnpred.hf.named_models import NamedModel, Piece, gguf_path
+from attnpred.hf.gguf_file import converted, need_extra
+from attnpred.hf.named_models import NamedModel, Piece, folder_of, gguf_path
 from attnpred.hf.once import once, say
 
 CHUNK = 1 << 20

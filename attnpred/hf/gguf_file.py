@@ -23,11 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from attnpred.errors import StoreError, UnsupportedModelError, missing_extra
 from attnpred.hf.config_border import check_values
-from attnpred.hf.named_models import models_folder
+from attnpred.hf.named_models import folder_of
 from attnpred.hf.once import once, say
-
-FOLDER = "from-gguf-2"
-"""Changes when the same file would be converted to something else."""
 
 MAGIC = b"GGUF"
 SIZES = {
@@ -63,11 +60,6 @@ def converted(path: Path, digest: str | None = None) -> Path:
     if not target.exists():
         need_extra()
     return once(target, lambda work: _convert(path, work / "model"))
-
-
-def folder_of(digest: str) -> Path:
-    """Return where the conversion of the file with this SHA-256 lies, or would lie."""
-    return models_folder() / FOLDER / digest[:32]
 
 
 def gguf_arguments(path: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from attnpred.errors import ConfigError, NotSparseError
+from attnpred.hf.argument import NAME, cache_argument, take_cache
 from attnpred.hf.attention import attention, make_mask
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
-from attnpred.hf.cache_argument import NAME, cache_argument, take_cache
 from attnpred.hf.call import Call, watch
 from attnpred.hf.packing import Packing, copied_plain
 from attnpred.hf.tally import Tally

@@ -13,6 +13,9 @@ from types import MappingProxyType
 from attnpred.errors import StoreError
 from attnpred.folders import user_cache
 
+FOLDER = "from-gguf-2"
+"""Where conversions lie; changes when the same file would be converted to something else."""
+
 DEMO_MODEL = Path(__file__).parents[1] / "assets" / "demo_lm"
 
 
@@ -97,3 +100,8 @@ def models_folder() -> Path:
 def gguf_path(name: str) -> Path:
     """Return where the GGUF file of a named model lies, or would lie."""
     return models_folder() / "gguf" / f"{name}-{NAMED_MODELS[name].sha256[:16]}.gguf"
+
+
+def folder_of(digest: str) -> Path:
+    """Return where the conversion of the file with this SHA-256 lies, or would lie."""
+    return models_folder() / FOLDER / digest[:32]

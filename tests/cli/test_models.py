@@ -10,9 +10,8 @@ from attnpred.cli.models import DEMO
 from attnpred.errors import FetchError
 from attnpred.hf import DEMO_MODEL, fetch
 from attnpred.hf.fetch import fetch_model
-from attnpred.hf.gguf_file import folder_of
 from attnpred.hf.load import load_config, load_model
-from attnpred.hf.named_models import NAMED_MODELS
+from attnpred.hf.named_models import NAMED_MODELS, folder_of
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attnpred.config import CacheConfig
 from attnpred.hf import cache_argument
-from attnpred.hf.cache_argument import take_cache
+from attnpred.hf.argument import take_cache
 from attnpred.policies import POLICIES, FastGen, SepLLM
 from attnpred.policies.base import Policy
 from attnpred.predictor.pretrained import Predictor, PredictorConfig

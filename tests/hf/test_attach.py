@@ -27,7 +27,7 @@ from transformers import (
 import attnpred
 from attnpred.errors import ConfigError, NotSparseError, PredictorError, UnsupportedModelError
 from attnpred.hf import IMPLEMENTATION, TieredCache
-from attnpred.hf.cache_argument import NAME, NAMES
+from attnpred.hf.argument import NAME, NAMES
 from attnpred.policies import Ema
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.telemetry import NOT_ATTACHED

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 from attnpred.errors import ConfigError
+from attnpred.hf.argument import NAMES
 from attnpred.hf.attention import attention
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
-from attnpred.hf.cache_argument import NAMES
 from attnpred.hf.packed_forward import PackedForward, version
 from attnpred.kernels.numba_layer import Layer, Norm
 from attnpred.kernels.numba_linear import MOST

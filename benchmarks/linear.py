@@ -13,7 +13,6 @@ Figures are medians with quartiles. `error` is the norm of the difference to fp3
 share: what rounding the input costs. The last line is one JSON object.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from attnpred.kernels.linear import Packed, pack, product
 from attnpred.kernels.numba_linear import Matrices
+from benchmarks import options
 from benchmarks.environment import environment
 from benchmarks.limits import ColdMemory
 
@@ -126,7 +126,8 @@ def measure(rows: int, width: int, vectors: int, rounds: int, memory: ColdMemory
                 shares[one.name].append(one.size * number / spent / 1e9 / stream)
     result = []
     for one in chosen:
-        low, middle, high = (x * 1e6 for x in statistics.quantiles(taken[one.name], n=4))
+        spent = [x * 1e6 for x in taken[one.name]]
+        low, middle, high = statistics.quantiles(spent, n=4) if len(spent) > 1 else spent * 3
         result.append(
             {"rows": rows, "width": width, "vectors": vectors, "variant": one.name, "bytes": one.size}
             | {"us": round(middle, 1), "spread": [round(low, 1), round(high, 1)]}
@@ -137,13 +138,13 @@ def measure(rows: int, width: int, vectors: int, rounds: int, memory: ColdMemory
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__.partition("\n")[0])
+    parser = options.Options(prog="python -m benchmarks.linear", description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="rows x width")
-    parser.add_argument("--vectors", type=int, nargs="+", default=[1], help="rows of input in a call, 1 to 8")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--vectors", type=options.count, nargs="+", default=[1], help="rows of input in a call, 1 to 8")
+    parser.add_argument("--rounds", type=options.count, default=15)
     parser.add_argument("--out", type=Path, help="write the last line there too")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
-    args = parser.parse_args(arguments)
+    args = parser.checked(arguments)
     memory, found = ColdMemory(1 << 30), []
     for shape in args.shapes:
         rows, width = map(int, shape.split("x"))
@@ -158,8 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
                         flush=True,
                     )
     line = json.dumps({"rows": found, "limit": memory.method} | environment())
-    if args.out:
-        args.out.write_text(line + "\n", encoding="utf-8")
+    options.write_line(args, line)
     print(line)
 
 

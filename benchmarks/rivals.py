@@ -35,6 +35,8 @@ import attnpred
 from attnpred.config import CacheConfig
 from attnpred.evaluation.book import demo_book
 from attnpred.hf import cache_argument, load_model
+from attnpred.hf.named_models import NAMED_MODELS
+from benchmarks import options
 from benchmarks.environment import environment
 from benchmarks.llama_cpp import KV, LlamaCpp
 
@@ -129,7 +131,7 @@ def measure(
     loads.append(os.getloadavg()[0])
     rows = []
     for (engine_name, weights, kv), taken in times.items():
-        low, middle, high = statistics.quantiles(taken, n=4)
+        low, middle, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
         rows.append(
             {"model": name, "context": len(ids), "engine": engine_name, "weights": weights, "kv": kv}
             | {"ms_per_token": round(middle, 2), "spread": [round(low, 2), round(high, 2)]}
@@ -139,20 +141,22 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="attnpred bench rivals", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="smollm2", help="a name of `attnpred models`")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 8192])
+    parser = options.Options(prog="attnpred bench rivals", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=tuple(NAMED_MODELS), default="smollm2", help="a GGUF file that has a name")
+    parser.add_argument("--contexts", type=options.count, nargs="+", default=[1024, 4096, 8192])
     parser.add_argument(
         "--engines", nargs="+", choices=("transformers", "llama.cpp"), default=["transformers", "llama.cpp"]
     )
     parser.add_argument("--weights", nargs="+", choices=("none", *LLAMA), default=["none", *LLAMA])
     parser.add_argument("--kv", nargs="+", choices=KV, default=list(KV), help="of llama.cpp")
-    parser.add_argument("--threads", type=int, default=None, help="of each engine; left out: as many as torch has")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help="tokens of an engine in each round")
+    parser.add_argument(
+        "--threads", type=options.count, default=None, help="of each engine; left out: as many as torch has"
+    )
+    parser.add_argument("--rounds", type=options.count, default=8)
+    parser.add_argument("--steps", type=options.count, default=8, help="tokens of an engine in each round")
     parser.add_argument("--out", type=Path, help="write the last line there too")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
-    args = parser.parse_args(arguments)
+    args = parser.checked(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     _, tokenizer = load_model(args.model, device="cpu", dtype=torch.float32)
@@ -172,8 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
                     flush=True,
                 )
     line = json.dumps(found | environment())
-    if args.out:
-        args.out.write_text(line + "\n", encoding="utf-8")
+    options.write_line(args, line)
     print(line)
 
 

@@ -11,7 +11,6 @@ SmolLM2's file has its weights in Q4_1, which is what int4 is here: packing them
 trained in fp32, and shows what a model loses that was never rounded. The last line is one JSON object.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from attnpred.evaluation.book import demo_book
 from attnpred.hf import load_model, pack_weights
+from benchmarks import options
 from benchmarks.environment import environment
 
 
@@ -81,12 +81,12 @@ def ways_of(model: Any, variant: str) -> AbstractContextManager[object]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.weights", description=__doc__.partition("\n")[0])
+    parser = options.Options(prog="python -m benchmarks.weights", description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["smollm2", "demo"])
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--windows", type=options.count, default=8)
+    parser.add_argument("--tokens", type=options.count, default=512)
     parser.add_argument("--out", type=Path, help="write the last line there too")
-    args = parser.parse_args(arguments)
+    args = parser.checked(arguments)
     rows = []
     for name in args.models:
         for row in measure(name, args.windows, args.tokens):
@@ -97,8 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
                 flush=True,
             )
     line = json.dumps({"rows": rows, "windows": args.windows, "window_tokens": args.tokens} | environment())
-    if args.out:
-        args.out.write_text(line + "\n", encoding="utf-8")
+    options.write_line(args, line)
     print(line)
 
 

@@ -87,9 +87,10 @@ BENCHMARKS = {
     "batches": ("--batches", "--context", "--layers", "--budget", "--rounds"),
     "offload": ("--context", "--budget", "--steps", "--rounds", "--churn", "--layers", "--demo-steps"),
     "memory": ("--context", "--budget", "--steps"),
+    "rivals": ("--contexts", "--threads", "--rounds", "--steps"),
 }
 """Options of each benchmark that take numbers."""
-WITH_OUTPUT = ("attention", "selection", "decode", "batches")
+WITH_OUTPUT = ("attention", "selection", "decode", "batches", "rivals")
 """Benchmarks with `--out`."""
 
 

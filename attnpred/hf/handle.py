@@ -18,6 +18,7 @@ from attnpred.hf.argument import NAME, cache_argument, take_cache
 from attnpred.hf.attention import attention, make_mask
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.call import Call, watch
+from attnpred.hf.modes import attending_dtype
 from attnpred.hf.packing import Packing, copied_plain
 from attnpred.hf.tally import Tally
 
@@ -187,7 +188,8 @@ class Attached:
         new, longest = (self._setting(name, args, kwargs) for name in ("max_new_tokens", "max_length"))
         tokens = max(tokens, longest or 0) if new is None else tokens + new
         copies = [self._setting(name, args, kwargs) or 1 for name in ("num_beams", "num_return_sequences")]
-        cache.admit(tokens, prompt.shape[0] * max(copies), self._model.dtype)
+        held = attending_dtype(self._model.device, self._model.dtype)
+        cache.admit(tokens, prompt.shape[0] * max(copies), held)
 
     def _setting(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what `generate(*args, **kwargs)` goes by: its argument, else its generation config's, else the model's."""

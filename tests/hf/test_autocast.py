@@ -1,13 +1,16 @@
 """Under autocast (and accelerate's mixed precision): stock tokens with a full budget, and sparse steps with a small one."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import attnpred
+from attnpred.errors import TierFullError
 from attnpred.hf import cache_argument
+from attnpred.hf.sizes import estimate_for
 from attnpred.policies import POLICIES
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from tests.hf.support import COVERING, SMALL, WHOLE, greedy, offloaded, predictor, separators
@@ -116,3 +119,15 @@ def test_accelerates_mixed_precision() -> None:
     with attnpred.attach(model, policy="ema", config=SMALL) as attached:
         greedy(model, tokens, NEW)
     assert attached.stats()["total"]["sparse_steps"] == 3 * (NEW - 1)
+
+
+def test_what_is_admitted_is_what_will_be_held() -> None:
+    """Half of what the fp32 model would take without autocast."""
+    model, tokens = tiny_model("llama"), prompt(1, 90)
+    settings = replace(SMALL, offload="cpu")
+    needed = estimate_for(model.config, settings, POLICIES["ema"](), torch.bfloat16, 90 + NEW).fast
+    with attnpred.attach(model, policy="ema", config=replace(settings, fast_limit=needed * 3 // 2)):
+        with autocast(torch.bfloat16):
+            greedy(model, tokens, NEW)
+        with pytest.raises(TierFullError, match="fast_limit"):
+            greedy(model, tokens, NEW)

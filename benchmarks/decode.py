@@ -248,7 +248,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--policies", type=lambda text: text.split(","), default=[], help="further policies, by commas")
     parser.add_argument(
-        "--weights", choices=("int8", "int4"), default=None, help="pack those of linear layers, in all variants"
+        "--weights",
+        choices=("int8", "int4", "float"),
+        default=None,
+        help="pack those of linear layers, in all variants",
     )
     parser.add_argument(
         "--layers", type=options.count, default=None, help="layers of random models (8b has 2 by default)"

@@ -27,7 +27,8 @@ WeightsOption = Annotated[
     str | None,
     typer.Option(
         metavar="WORD",
-        help="int8 or int4: read the weights of linear layers in so few bits, on a CPU; left out: as they are.",
+        help="Of linear layers on a CPU: int8 or int4 reads them in so few bits, float as they are by our own kernels; "
+        "left out: by torch.",
     ),
 ]
 """`--weights` of the same commands."""

@@ -38,7 +38,8 @@ def attach(
 
     budget: tokens, or a share of the context up to 1 (see `CacheConfig`); config and overrides: all other settings;
     policy: a name of `attnpred info`, or an instance; predictor: a `Predictor`, a folder or a Hub id;
-    weights: "int8" or "int4" packs those of linear layers meanwhile, on a CPU (`attnpred.hf.packing`).
+    weights: "int8" or "int4" packs those of linear layers meanwhile, on a CPU; "float" leaves them, and multiplies by our
+    own kernels (`attnpred.hf.packing`).
     Raises `UnsupportedModelError` and `ConfigError` before the first token.
 
     Example:

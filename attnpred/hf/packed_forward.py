@@ -1,9 +1,11 @@
-"""The `forward` of a linear layer whose weight is packed, and of layers that read the same input in one call.
+"""The `forward` of a linear layer with a product of ours, and of layers that read the same input in one call.
 
 Few rows of input go to the kernel (`attnpred.kernels.numba_linear`), more of them to torch, with the matrix unpacked piece
-by piece: so no second copy of the weights is held, and both multiply with the same numbers.
+by piece: so no second copy of the weights is held, and both multiply with the same numbers. A weight may also be a plain
+tensor, which is read where it is.
 """
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -15,7 +17,7 @@ from attnpred.kernels.linear import Packed
 from attnpred.kernels.numba_linear import MOST, Matrices
 from attnpred.kernels.numba_unpack import unpack
 
-FEW = 32
+FEW = 64
 """Rows of input up to which the kernel is called, `MOST` at a time (docs/LOG.md)."""
 PIECE = 1 << 20
 """Numbers that are unpacked at once."""
@@ -24,7 +26,7 @@ PIECE = 1 << 20
 class Together:
     """Layers of one input. The first that is called computes the products of all, and the others find theirs."""
 
-    def __init__(self, layers: list[nn.Linear], weights: list[Packed]) -> None:
+    def __init__(self, layers: list[nn.Linear], weights: Sequence[Packed | Tensor]) -> None:
         self.weights, self.dtype = weights, layers[0].weight.dtype
         self.biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
         self.all = Matrices(weights, self.biases, self.dtype)
@@ -49,6 +51,8 @@ class Together:
     def many(self, x: Tensor, number: int) -> Tensor:
         """The same by torch, with the matrix unpacked piece by piece."""
         weight, bias, x = self.weights[number], self.biases[number], self._rows(x)
+        if isinstance(weight, Tensor):
+            return nn.functional.linear(x, weight, bias)
         at_once = max(4, PIECE // weight.width // 4 * 4)
         scratch = torch.empty(min(at_once, weight.rows), weight.width, dtype=self.dtype)
         found = []

@@ -9,6 +9,8 @@ families are two (`attnpred.hf.compiled_layer`).
 The language-model head never has less than 8 bits: in 4 it costs SmolLM2 0.07 nats a token, all other layers together
 next to nothing (docs/LOG.md).
 
+With "float" nothing is packed, the weights are read where they are, and the same kernels and compiled layers are used.
+
 What is no plain `nn.Linear` is left as it is, and counted: `Conv1D`, experts, adapters, layers that somebody has hooked.
 """
 
@@ -28,6 +30,8 @@ from attnpred.kernels.linear import BITS, pack
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of projections of one module that get the same input."""
+AS_THEY_ARE = "float"
+"""What is asked for to have the products and compiled layers of ours, and the numbers of the model."""
 
 
 @final
@@ -44,7 +48,7 @@ class Packing:
             for module in model.modules():
                 self._count_left(module, adapted)
                 for layers in _groups(module):
-                    plain = [layer for layer in layers if _is_plain(layer) and id(layer) not in adapted]
+                    plain = [layer for layer in layers if self._can_have(layer) and id(layer) not in adapted]
                     if plain:
                         self._pack(plain)
             self._compile(model)
@@ -55,13 +59,21 @@ class Packing:
     def _pack(self, layers: list[nn.Linear]) -> None:
         from attnpred.hf.packed_forward import PackedForward, Together  # loads numba
 
-        bits = 8 if layers[0] is self._head else BITS[self.kind]
-        weights = [pack(layer.weight, bits) for layer in layers]
-        self.bytes += sum(weight.bytes() for weight in weights)
+        if self.kind == AS_THEY_ARE:
+            weights: list[Any] = [layer.weight.detach() for layer in layers]
+        else:
+            bits = 8 if layers[0] is self._head else BITS[self.kind]
+            weights = [pack(layer.weight, bits) for layer in layers]
+            self.bytes += sum(weight.bytes() for weight in weights)
         together = Together(layers, weights)
         for number, layer in enumerate(layers):
             vars(layer)["forward"] = PackedForward(together, number, self.kind, layer)
             self._layers.append(layer)
+
+    def _can_have(self, layer: nn.Linear) -> bool:
+        """Return whether the layer is plain, and of a size that the kernels take."""
+        fits = self.kind != AS_THEY_ARE or (layer.out_features >= 4 and layer.in_features % 16 == 0)
+        return _is_plain(layer) and fits
 
     def _compile(self, model: nn.Module) -> None:
         from attnpred.hf.compiled_layer import compiled_forward
@@ -76,8 +88,8 @@ class Packing:
         if isinstance(module, nn.Linear):
             if id(module) in adapted:
                 self.left["adapter"] += 1
-            elif not _is_plain(module) and not is_packed(module):
-                self.left["hooked Linear"] += 1
+            elif not is_packed(module) and not self._can_have(module):
+                self.left["narrow Linear" if _is_plain(module) else "hooked Linear"] += 1
         elif not isinstance(module, nn.Embedding) and any(x.ndim > 1 for x in module.parameters(recurse=False)):
             self.left[type(module).__name__] += 1
 
@@ -110,9 +122,14 @@ class Packing:
 
 
 def pack_weights(model: PreTrainedModel, kind: str) -> Packing:
-    """Pack the weights of `model` in "int8" or "int4" until `undo`. Raises `ConfigError`, `UnsupportedModelError`."""
-    if kind not in BITS:
-        raise ConfigError(f"got weights={kind!r}, expected one of {', '.join(map(repr, BITS))}, or None")
+    """Pack the weights of `model` in "int8" or "int4" until `undo`; "float": have our own kernels read them as they are.
+
+    Raises `ConfigError`, `UnsupportedModelError`, `MissingExtraError`.
+    """
+    if kind not in (*BITS, AS_THEY_ARE):
+        raise ConfigError(
+            f"got weights={kind!r}, expected one of {', '.join(map(repr, (*BITS, AS_THEY_ARE)))}, or None"
+        )
     wanted, instead = f"weights={kind!r}", "leave weights out"
     if DIGEST != "numba":
         raise missing_extra("numba", "fast")

@@ -40,7 +40,7 @@ def hash_samples(model: nn.Module) -> str:
     digest, idle = hashlib.sha256(), set[int]()
     for name, module in model.named_modules():
         kind = packed_kind(module)
-        digest.update(f"{name} {kind} ".encode() if kind else b"")
+        digest.update(f"{name} {kind} ".encode() if kind not in (None, "float") else b"")
     for layer in _adapted(model):
         acting = () if layer.disable_adapters or layer.merged_adapters else tuple(layer.active_adapters)
         scaling = vars(layer).get("scaling", {})
@@ -114,7 +114,7 @@ def _projections(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def packed_kind(module: nn.Module) -> str | None:
-    """Return what the weight of this very module is packed in (`attnpred.hf.packing`), None where it is not."""
+    """Return what was asked for the weight of this very module (`attnpred.hf.packing`), None where nothing was."""
     kind: str | None = getattr(vars(module).get("forward"), "kind", None)
     return kind
 

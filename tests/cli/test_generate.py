@@ -193,7 +193,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--temperature", "1e-320"],
         "expected 0 for the likeliest token, or 0.01 to 100",
     ),
-    "unknown weights": (["--weights", "int3"], "got weights='int3', expected one of 'int8', 'int4', or None"),
+    "unknown weights": (["--weights", "int3"], "got weights='int3', expected one of 'int8', 'int4', 'float', or None"),
     "missing predictor": (["--policy", "predicted", "--predictor", "/no/such/folder"], "got missing directory"),
 }
 

@@ -27,9 +27,10 @@ def stock_layers(model: PreTrainedModel) -> None:
         del vars(layer)["forward"]
 
 
+@pytest.mark.parametrize("weights", ["int8", "float"])
 @pytest.mark.parametrize("settings", [COVERING, SMALL])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_is_that_of_the_stock_layers(family: str, settings: Any) -> None:
+def test_a_step_is_that_of_the_stock_layers(family: str, settings: Any, weights: str) -> None:
     ids, mask = left_padded([TOKENS[:1], TOKENS[1:, :70]])
     found = []
     for is_stock in (True, False):
@@ -38,7 +39,7 @@ def test_a_step_is_that_of_the_stock_layers(family: str, settings: Any) -> None:
             if parameter.ndim == 1:
                 generator = torch.Generator().manual_seed(len(name))
                 parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        with attnpred.attach(model, policy="ema", config=settings, weights="int8") as attached:
+        with attnpred.attach(model, policy="ema", config=settings, weights=weights) as attached:
             if is_stock:
                 stock_layers(model)
             for tokens, more in ((TOKENS[:1], {}), (ids, {"attention_mask": mask}), (TOKENS[:1], {"num_beams": 3})):

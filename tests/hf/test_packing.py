@@ -60,7 +60,7 @@ def test_a_packed_model_is_that_of_its_rounded_weights(family: str, kind: str) -
         assert packing.stats()["layers"] == linear > 3 and packing.stats()["left"] == {}
 
 
-@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("kind", [*BITS, "float"])
 def test_attached_at_full_budget_it_says_what_it_says_without(kind: str, model: PreTrainedModel) -> None:
     stock = greedy(model, TOKENS, 16)
     with pack_weights(model, kind):
@@ -69,6 +69,19 @@ def test_attached_at_full_budget_it_says_what_it_says_without(kind: str, model: 
         assert torch.equal(greedy(model, TOKENS, 16), packed)
         assert attached.stats()["weights"]["kind"] == kind and attached.stats()["total"]["sparse_steps"] > 0
     assert torch.equal(greedy(model, TOKENS, 16), stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_as_they_are_take_no_memory_and_give_the_same_numbers(dtype: torch.dtype) -> None:
+    model = copy.deepcopy(tiny_model("qwen2")).to(dtype)
+    mark = hash_samples(model)
+    with torch.no_grad():
+        for tokens in (TOKENS[:, :1], TOKENS[:, :40], TOKENS):
+            stock = model(tokens).logits.float()
+            with pack_weights(model, "float") as packing:
+                found = model(tokens).logits.float()
+                assert hash_samples(model) == mark and packing.stats()["bytes"] == 0
+            assert (found - stock).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * stock.norm()
 
 
 def test_the_model_comes_back_however_it_ends(model: PreTrainedModel) -> None:
@@ -122,7 +135,7 @@ def test_what_cannot_be_packed_is_refused_in_a_line(model: PreTrainedModel, monk
         with pytest.raises(error, match=text):
             attnpred.attach(model, policy="ema", config=SMALL, weights=kind)
 
-    refused(ConfigError, "got weights='int3', expected one of 'int8', 'int4', or None", "int3")
+    refused(ConfigError, "got weights='int3', expected one of 'int8', 'int4', 'float', or None", "int3")
     model.train()
     refused(UnsupportedModelError, r"got weights='int8' for a model in training mode, expected model.eval\(\)")
     model.eval()

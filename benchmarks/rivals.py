@@ -1,13 +1,13 @@
 """A prompt and a token, ours and those of what else a laptop's user would take: llama.cpp, and transformers as it comes.
 
-    attnpred bench rivals [--contexts 1024 4096 8192 16384] [--weights none float int8 int4] [--kv f16 q8_0] [--threads 2] [--json]
+    attnpred bench rivals [--contexts 1024 4096 8192 16384] [--weights none float int8 int4] [--kv f16 q8_0] [--json]
 
 Theory first. A token costs the time in which its bytes come from memory: all weights, and the keys and values that are
 read. SmolLM2 has 540 MB of weights in fp32, 143 in int8 and 96 in int4, Q8_0 and Q4_1 about as many; keys and values of
 8,192 tokens have 377 MB in fp32, 189 in f16 and 100 in q8_0. `predicted` reads a thirteenth: its token should not grow.
 
-    attnpred       policy `predicted` at a budget of 1/13, weights as they are (fp32: by torch; float: by our own kernels), int8
-                   and int4; keys and values in fp32
+    attnpred       policy `predicted` at a budget of 1/13, weights as they are (fp32: by torch; float: by our own kernels),
+                   int8 and int4; keys and values in fp32
     transformers   DynamicCache and SDPA, as `generate` has them by default
     llama.cpp      weights Q8_0 and Q4_1 of the same file, keys and values in f16 and q8_0, flash attention (`xllamacpp`)
 

@@ -44,6 +44,26 @@ def test_nothing_is_compared_where_the_full_cache_can_do_nothing() -> None:
     assert real_tables.comparison(ROWS[1::2], "smollm2", 2048) == ""
 
 
+def test_questions_of_all_compared_tasks_are_taken_together_in_pairs() -> None:
+    def with_items(policy: str, task: str, values: list[float], budget: float = 0.076923) -> dict[str, Any]:
+        items = [{"name": f"{i}/0", "value": value} for i, value in enumerate(values)]
+        return row(policy, task, sum(values) / len(values), budget, low=0.1) | {"items": items}
+
+    rows = [
+        with_items("full", "passkey", [1, 1], 1.0),
+        with_items("full", "needle", [1, 1], 1.0),
+        with_items("full", "vt", [0, 0], 1.0) | {"interval": [0, 0]},
+        with_items("ema", "passkey", [1, 0]),
+        with_items("ema", "needle", [1, 1]),
+        with_items("ema", "needle", [0, 0], 0.125),
+        with_items("quest", "passkey", [1, 1]),
+    ]
+    shown = real_tables.pooled(rows, "smollm2")
+    assert "all 2 compared tasks" in shown and "| `full` | 4 | 1.00 | - | +0.25 [" in shown
+    assert "| `ema` | 4 | 0.75 | -0.25 [" in shown and "`quest`" not in shown, "not asked everything"
+    assert real_tables.pooled(rows[:3], "smollm2") == real_tables.pooled(rows, "gemma3-270m") == ""
+
+
 def test_what_was_not_measured_is_named() -> None:
     assert "smollm2 needle at 2,048" in real_tables.not_run(ROWS)
     assert "passkey at 2,048" not in real_tables.not_run(ROWS)

@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tools.evidence_real import RUNS, can
+from attnpred.evaluation.plan import FULL
+from attnpred.evaluation.statistics import difference
+from tools.evidence_real import RUNS, THIRTEENTH, can
 from tools.policy_tables import RESULTS, load, share
 from tools.speed_tables import table
 
@@ -70,6 +72,40 @@ def comparison(rows: Sequence[Row], model: str, length: int) -> str:
     return f"### {model}, {length:,} tokens\n\n{table(titles, lines)}"
 
 
+def pooled(rows: Sequence[Row], model: str) -> str:
+    """Return all questions of a model's compared tasks together, at 1/13, against the full cache and against `ema`."""
+    full, budget = {}, round(THIRTEENTH[0], 6)
+    found: dict[str, dict[tuple[int, str], Row]] = {}
+    for row in rows:
+        if row["model"] == model and not row["lower_is_better"]:
+            place = row["length"], row["task"]
+            if row["policy"] == FULL and can(row):
+                full[place] = row
+            elif row["budget"] == budget:
+                found.setdefault(row["policy"], {})[place] = row
+    values = {
+        policy: {f"{place}/{item['name']}": item["value"] for place in full for item in cells[place]["items"]}
+        for policy, cells in ({FULL: full} | found).items()
+        if full.keys() <= cells.keys()
+    }
+    if len(values) < 2:
+        return ""
+    lines = []
+    for policy, own in values.items():
+        beside = [_paired(own, values.get(other, {})) if policy != other else "-" for other in (FULL, "ema")]
+        lines.append([f"`{policy}`", str(len(own)), f"{sum(own.values()) / len(own):.2f}", *beside])
+    head = f"### {model}, all {len(full)} compared tasks together, each question once, at 1/13"
+    return f"{head}\n\n{table(['policy', 'questions', 'right', 'against the full cache', 'against `ema`'], lines)}"
+
+
+def _paired(own: dict[str, float], other: dict[str, float]) -> str:
+    compared = difference(own, other)
+    if not compared["n"]:
+        return "-"
+    low, high = compared["interval"]
+    return f"{compared['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def llama() -> str:
     """Return how our load agrees with llama.cpp; empty where it was not measured."""
     path = RESULTS / "llama_logits.json"
@@ -99,5 +135,6 @@ def section() -> str:
     rows = load("real")
     if not rows:
         return ""
+    together = (pooled(rows, model) for model in dict.fromkeys(row["model"] for row in rows))
     tables = (comparison(rows, model, length) for model, length in places(rows))
-    return "\n\n".join(part for part in (HEAD, full_cache(rows), not_run(rows), *tables, llama()) if part)
+    return "\n\n".join(part for part in (HEAD, full_cache(rows), not_run(rows), *together, *tables, llama()) if part)

@@ -10,22 +10,21 @@ import os
 import random
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.forks import end_of, forked
 from tests.reliability.outcome import Outcome
-from tests.reliability.things import Rows, SavedCache, SavedPredictor, Thing
+from tests.reliability.things import ConvertedModel, Rows, SavedCache, SavedPredictor, Thing
 
-KILLED: tuple[type[Thing], ...] = (SavedCache, SavedPredictor, Rows)
+KILLED: tuple[type[Thing], ...] = (SavedCache, SavedPredictor, Rows, *([ConvertedModel] if find_spec("gguf") else []))
 PIECE, PAUSE = 64, 0.0002
 """Bytes that the writer's disk takes in one call, or a third of what it is given, and seconds that it takes."""
-LATEST = 0.06
-"""Seconds after the first whole write, up to which the kill comes: several writes."""
 PATIENCE = 30.0
 
 
 def kills(folder: Path, times: int, seed: int = 0) -> list[Outcome]:
-    """Kill the writer of each of `KILLED` so many times."""
+    """Kill the writer of each of `KILLED` so many times; those that take their time, a fifth of that."""
     chance = random.Random(seed)
     found = []
     for kind in KILLED:
@@ -33,8 +32,8 @@ def kills(folder: Path, times: int, seed: int = 0) -> list[Outcome]:
         with kind(folder / kind.__name__) as thing:
             next(thing.steps())
             expected = thing.files()
-            for number in range(times):
-                confirmed = _kill_one(thing, chance.uniform(0, LATEST))
+            for number in range(times if thing.pace < 1 else -(-times // 5)):
+                confirmed = _kill_one(thing, chance.uniform(0, thing.pace))
                 outcome.midway += thing.files() != expected or thing.is_torn()
                 outcome.count(f"kill {number}", lambda: thing.wrong(confirmed))  # noqa: B023 (called at once)
                 next(thing.steps())

@@ -24,9 +24,9 @@ def nothing_is_wrong(found: Iterable[Outcome]) -> None:
 
 @pytest.mark.slow
 def test_after_a_kill_the_old_file_or_the_new_one_is_whole(tmp_path: Path) -> None:
-    found = kills(tmp_path, 6)
+    found = kills(tmp_path, 5)
     nothing_is_wrong(found)
-    assert all(outcome.survived == 6 for outcome in found)
+    assert all(outcome.survived == outcome.injected > 0 for outcome in found)
     assert sum(outcome.midway for outcome in found) >= 3, "no kill came in the middle of a write"
 
 

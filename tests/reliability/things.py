@@ -4,12 +4,14 @@ What is compared is what a user gets: of a cache, the next tokens' logits, bit b
 setting, from which all tokens follow; of rows, the rows.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 import attnpred
 from attnpred.evaluation.rows import RowsFile, load_rows
 from attnpred.hf import TieredCache
+from attnpred.hf.gguf_file import converted
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.report.rows import read_rows
 from tests.hf.support import SMALL, predictor
@@ -31,6 +34,8 @@ class Thing(ABC):
     """name: as tables call it. folder: where its files are, and nothing else. Enter it to use it."""
 
     name: str
+    pace = 0.06
+    """Seconds in which it is written a few times."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +148,35 @@ class SavedPredictor(Thing):
             ):
                 return None
         return "it was loaded, with other weights or settings"
+
+
+class ConvertedModel(Thing):
+    """The folder that a GGUF file is unpacked to, again and again; a model that is not there is unpacked when it is used."""
+
+    name = "converted GGUF file"
+    pace = 1.0
+
+    def __enter__(self) -> "ConvertedModel":
+        from tests.gguf_files import write_gguf  # which needs the extra `gguf`
+
+        cache, self._file = self.folder.parent / "cache", self.folder.parent / "tiny.gguf"
+        write_gguf(self._file)
+        self.stack.enter_context(patch.dict(os.environ, {"XDG_CACHE_HOME": str(cache)}))
+        made = converted(self._file)
+        self._wanted = {path.name: path.read_bytes() for path in made.iterdir()}
+        self.folder, self._made = made.parent, made
+        return self
+
+    def steps(self) -> Iterator[None]:
+        for number in count():
+            if self._made.exists():
+                self._made.rename(self._file.with_name(f"old-{os.getpid()}-{number}"))
+            converted(self._file)
+            yield
+
+    def wrong(self, confirmed: int = 0) -> str | None:
+        found = {path.name: path.read_bytes() for path in self._made.iterdir()} if self._made.exists() else self._wanted
+        return None if found == self._wanted else "a model is there that is not whole"
 
 
 class Rows(Thing):

@@ -144,7 +144,7 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     parser = options.Options(prog="attnpred bench rivals", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=tuple(NAMED_MODELS), default="smollm2", help="a GGUF file that has a name")
-    parser.add_argument("--contexts", type=options.count, nargs="+", default=[1024, 4096, 8192])
+    parser.add_argument("--contexts", type=options.count, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument(
         "--engines", nargs="+", choices=("transformers", "llama.cpp"), default=["transformers", "llama.cpp"]
     )

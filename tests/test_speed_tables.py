@@ -101,15 +101,32 @@ def test_rivals_come_first_and_what_was_not_run_is_a_dash(tmp_path: Path) -> Non
     (tmp_path / "rivals.json").write_text(json.dumps({"rows": found, "threads": 2}), encoding="utf-8")
     (tmp_path / "decode.json").write_text(json.dumps(DECODE), encoding="utf-8")
     page = speed_tables.page(tmp_path)
+    assert "16K | at least 1.0 / 1.5 / 2.5 / 4 | - / - / - / - |" in page
     assert page.index("## Beside llama.cpp") < page.index("## Wanted and reached") < page.index("## A decode step")
     assert "| llama.cpp, Q8_0, f16 | 18.4 (2.50) | 39.2 (2.50) |" in page
     assert "| attnpred, Q8_0, f16 | 25.0 (2.50) | - |" in page
 
 
+def test_the_better_of_a_rival_is_compared_with() -> None:
+    rows = [
+        {"engine": engine, "weights": weights, "kv": kv, "context": context, "ms_per_token": ms}
+        for engine, weights, kv, context, ms in (
+            ("llama.cpp", "Q8_0", "f16", 4096, 60.0),
+            ("llama.cpp", "Q8_0", "q8_0", 4096, 50.0),
+            ("attnpred", "int8", "fp32", 4096, 25.0),
+            ("attnpred", "int8", "fp32", 1024, 24.0),
+            ("attnpred", "int8", "fp32", 16384, 27.0),
+        )
+    ]
+    lines = {line[0]: line[2] for line in targets({"rivals": {"rows": rows}})}
+    assert next(reached for what, reached in lines.items() if "Q8_0" in what) == "- / 2.00 / - / -"
+    assert lines["growth of the token in int8, 1K to 16K"] == "1.12"
+
+
 def test_products_and_losses_have_their_tables(tmp_path: Path) -> None:
     matrix = {"rows": 576, "width": 1536, "vectors": 1}
-    cells = [matrix | {"variant": "int8", "gb_per_s": 16.2, "share": 0.845}]
-    cells.append(matrix | {"variant": "int8", "vectors": 4, "gb_per_s": 1.0, "share": 0.1})
+    cells = [matrix | {"variant": "int8", "gb_per_s": 16.2, "share": 0.845, "bytes": 1 << 20}]
+    cells.append(matrix | {"variant": "int8", "vectors": 4, "gb_per_s": 1.0, "share": 0.1, "bytes": 1 << 20})
     (tmp_path / "linear.json").write_text(json.dumps({"rows": cells, "threads": 2, "load": 0.5}), encoding="utf-8")
     lost = {"model": "demo", "weights": "int4", "bits_per_byte": 1.62704, "kl": 0.011, "same": 0.9105}
     made = {"rows": [lost], "windows": 8, "window_tokens": 512, "threads": 2}

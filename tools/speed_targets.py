@@ -79,7 +79,53 @@ def of_selection(found: Row) -> list[list[str]]:
     return [["choosing over the attention call that it serves, 8K to 128K, at worst", "under 1", reached]]
 
 
+def of_rivals(found: Row) -> list[list[str]]:
+    """Targets of a token beside other engines; llama.cpp with the keys and values that are better for it."""
+    ms: dict[tuple[str, str, int], float] = {}
+    for row in found["rows"]:
+        key = row["engine"], row["weights"], row["context"]
+        ms[key] = min(row["ms_per_token"], ms.get(key, row["ms_per_token"]))
+
+    def over(engine: str, theirs: str, ours: str, *contexts: int) -> str:
+        pairs = [(ms.get((engine, theirs, at)), ms.get(("attnpred", ours, at))) for at in contexts]
+        return " / ".join(number(a / b if a and b else None) for a, b in pairs)
+
+    first, last = (ms.get(("attnpred", "int8", at)) for at in (K, 16 * K))
+    return [
+        [
+            "llama.cpp Q8_0 over `predicted` int8, SmolLM2, a token at 2K / 4K / 8K / 16K",
+            "at least 1.0 / 1.5 / 2.5 / 4",
+            over("llama.cpp", "Q8_0", "int8", 2 * K, 4 * K, 8 * K, 16 * K),
+        ],
+        [
+            "llama.cpp Q4_1 over `predicted` int4, the same, 4K / 8K / 16K",
+            "at least 1.0 / 2 / 3",
+            over("llama.cpp", "Q4_1", "int4", 4 * K, 8 * K, 16 * K),
+        ],
+        ["transformers in fp32 over `predicted` int8, 8K", "at least 5", over("transformers", "fp32", "int8", 8 * K)],
+        ["growth of the token in int8, 1K to 16K", "at most 1.15", number(last / first if first and last else None)],
+    ]
+
+
+def of_products(found: Row) -> list[list[str]]:
+    """Targets of one row times a matrix."""
+    large = [row for row in found["rows"] if row["vectors"] == 1 and row["bytes"] >= 1 << 20]
+    worst = [
+        min((row["share"] for row in large if row["variant"] == name), default=None)
+        for name in ("int8", "int4", "bf16")
+    ]
+    reached = " / ".join("-" if share is None else f"{share:.0%}" for share in worst)
+    what = "one row times a matrix of 1 MiB or more, of the stream, at worst: int8 / int4 / bf16"
+    return [[what, "at least 80%", reached]]
+
+
 def targets(found: dict[str, Row]) -> list[list[str]]:
     """Return what, wanted, reached, for all that was measured."""
-    parts = {"decode": of_steps, "attention": of_calls, "selection": of_selection}
+    parts = {
+        "rivals": of_rivals,
+        "linear": of_products,
+        "decode": of_steps,
+        "attention": of_calls,
+        "selection": of_selection,
+    }
     return [line for name, part in parts.items() if name in found for line in part(found[name])]

@@ -9,7 +9,8 @@ import gc
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -91,46 +92,60 @@ def _forked(call: Call) -> Tensor:
     return first if torch.equal(first, second) else -second
 
 
+@contextmanager
+def within_a_step(after: int, do: Callable[[], None]) -> Iterator[None]:
+    """Do something between the first two layers of the model, `after` so many of its calls."""
+    calls = iter(range(after))
+    layer = tiny_model("llama").get_submodule("model.layers.1")
+    hook = layer.register_forward_pre_hook(lambda *_: do() if next(calls, None) is None else None)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def trouble() -> None:
+    """Raise."""
+    raise Trouble
+
+
 def _exception(call: Call) -> Tensor:
     """Raised between two layers of a step; the cache is dropped without a word, and the call made anew."""
-    layer = tiny_model("llama").get_submodule("model.layers.1")
-    calls = iter(range(call.chance.randrange(NEW)))
-
-    def hook(*_: Any) -> None:
-        if next(calls, None) is None:
-            raise Trouble
-
-    removed = layer.register_forward_pre_hook(hook)
-    try:
-        call.generate()
-    except Trouble:
-        pass
-    else:
-        return -call.tokens
-    finally:
-        removed.remove()
+    with within_a_step(call.chance.randrange(NEW), trouble):
+        try:
+            call.generate()
+            return -call.tokens
+        except Trouble:
+            pass
     return call.generate()
 
 
+def _mended(call: Call) -> Tensor:
+    """The same, and the torn cache is cut back and gone on with."""
+    cache, told = call.begun()
+    with within_a_step(0, trouble):
+        try:
+            call.generate(told, 1, cache=cache)
+            return -call.tokens
+        except Trouble:
+            cache.crop(-1)
+    return call.rest(cache, told)
+
+
 def _closed_within(call: Call) -> Tensor:
-    """Closed by a hook in the middle of a step: one error, and the call is made anew."""
+    """Closed in the middle of a step: one error, and the call is made anew."""
     cache = call.handle.new_cache()
-    layer = tiny_model("llama").get_submodule("model.layers.1")
-    calls = iter(range(call.chance.randrange(1, NEW)))
-    removed = layer.register_forward_pre_hook(lambda *_: cache.close() if next(calls, None) is None else None)
-    try:
-        call.generate(cache=cache)
-    except attnpred.AttnpredError:
-        pass
-    else:
-        return -call.tokens
-    finally:
-        removed.remove()
+    with within_a_step(call.chance.randrange(1, NEW), cache.close):
+        try:
+            call.generate(cache=cache)
+            return -call.tokens
+        except attnpred.AttnpredError:
+            pass
     return call.generate()
 
 
 def _cropped(call: Call) -> Tensor:
-    """Tokens that should not be there are cut off again; in dense steps alone is the answer then the same."""
+    """Tokens that should not be there are read, and cut off again."""
     cache, told = call.begun()
     other = torch.cat((told, prompt(1, call.chance.randrange(2, 9), 3)), 1)
     call.generate(other, 2, cache=cache)
@@ -145,8 +160,11 @@ ACTIONS: dict[str, Callable[[Call], Tensor]] = {
     "forked, both gone on with": _forked,
     "exception between two layers": _exception,
     "closed in the middle of a step": _closed_within,
+    "exception, cut back, gone on with": _mended,
     "wrong tokens cut off again": _cropped,
 }
+DENSE = {"exception, cut back, gone on with", "wrong tokens cut off again"}
+"""What a policy remembers of tokens that were cut off is not undone: only dense steps then give the very same tokens."""
 
 
 @dataclass(slots=True)
@@ -175,7 +193,7 @@ def soak(folder: Path, calls: int, seed: int = 0) -> tuple[list[Outcome], Held, 
     middle = None
     for number in range(calls):
         name = chance.choice(list(ACTIONS))
-        is_dense = name == "wrong tokens cut off again"
+        is_dense = name in DENSE
         policy, length = chance.choice(MIXED), chance.choice(LENGTHS)
         config, tokens = WHOLE if is_dense else SMALL, prompt(1, length)
         key = (is_dense or policy, length)

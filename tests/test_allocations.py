@@ -57,6 +57,7 @@ def test_the_check_can_fail(tmp_path: Path) -> None:
 ADDRESSES = {
     "kernels/numba_tools.py": "`address`, which checks",
     "predictor/digest.py": "compared alone",
+    "predictor/pretrained.py": "bytes for a check value",
     "store/pages.py": "asks the system for huge pages",
     "store/tier.py": "`buffer`, which checks",
 }

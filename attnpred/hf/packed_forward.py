@@ -54,7 +54,7 @@ class Together:
         if isinstance(weight, Tensor):
             return nn.functional.linear(x, weight, bias)
         at_once = max(4, PIECE // weight.width // 4 * 4)
-        scratch = torch.empty(min(at_once, weight.rows), weight.width, dtype=self.dtype)
+        scratch = torch.empty(min(at_once, weight.rows), weight.width, dtype=self.dtype, device="cpu")
         found = []
         for first in range(0, weight.rows, at_once):
             last = min(first + at_once, weight.rows)

@@ -151,13 +151,13 @@ class Layer:
     def head(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return query [B, Hq, 1, D], key and value [B, Hkv, 1, D] of hidden [B, 1, width]; cos and sin [B or 1, 1, D]."""
         batch, dtype = hidden.shape[0], self.dtype
-        query = torch.empty(batch, self.heads, 1, self.dim, dtype=dtype)
-        key, value = (torch.empty(batch, self.kv_heads, 1, self.dim, dtype=dtype) for _ in range(2))
+        query = torch.empty(batch, self.heads, 1, self.dim, dtype=dtype, device="cpu")
+        key, value = (torch.empty(batch, self.kv_heads, 1, self.dim, dtype=dtype, device="cpu") for _ in range(2))
         fields = np.array(
             (
                 batch, self.inputs.width, int(dtype == torch.bfloat16), address(hidden, dtype), address(self.before.weight, dtype),
                 0, self.heads, self.kv_heads, self.dim, address(cos, dtype), address(sin, dtype), cos.shape[0],
-                query.data_ptr(), key.data_ptr(), value.data_ptr(),
+                address(query, dtype), address(key, dtype), address(value, dtype),
             ),
             np.int64,
         )  # fmt: skip
@@ -171,7 +171,7 @@ class Layer:
             (
                 hidden.shape[0], self.inputs.width, int(dtype == torch.bfloat16), address(hidden, dtype),
                 address(self.after.weight, dtype), address(attended, dtype), self.down.width, 0, self.output.width, 0, 0, 0,
-                result.data_ptr(), 0, 0,
+                address(result, dtype), 0, 0,
             ),
             np.int64,
         )  # fmt: skip

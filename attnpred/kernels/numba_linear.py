@@ -100,8 +100,8 @@ class Matrices:
             raise ShapeError(
                 f"got {x.shape[0]} rows of {x.shape[1]} numbers, expected 1 to {MOST} rows of {self.width}: multiply by torch"
             )
-        out = torch.empty(x.shape[0], self.columns, dtype=self.dtype)
+        out = torch.empty(x.shape[0], self.columns, dtype=self.dtype, device="cpu")
         fields = self.fields.copy()
-        fields[VECTORS], fields[X], fields[OUT] = x.shape[0], address(x, self.dtype), out.data_ptr()
+        fields[VECTORS], fields[X], fields[OUT] = x.shape[0], address(x, self.dtype), address(out, self.dtype)
         _run(*threads(self.bytes >= PAYS), do_tiles.address, fields)
         return out

@@ -221,8 +221,13 @@ def check_value(config: PredictorConfig, tensors: dict[str, Tensor]) -> str:
     )  # a field that a later version adds changes nothing
     for name in sorted(tensors):
         found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        found.update(ctypes.string_at(tensors[name].data_ptr(), tensors[name].nbytes))
+        found.update(_bytes(tensors[name]))
     return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    assert tensor.is_cpu and tensor.is_contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def _check_size(config: PredictorConfig, tensors: dict[str, Tensor], source: str) -> None:

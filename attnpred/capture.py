@@ -25,7 +25,8 @@ from attnpred.reading import read_text
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """What a dense pass showed: `rows` [layers, Hkv, T, N], `queries` [layers, Hq, T, D], `keys` [layers, Hkv, L, D].
+    """What a dense pass showed: `rows` [layers, Hkv, T, N], `queries` [layers, Hq, T, D], `keys` and `values`
+    [layers, Hkv, L, D].
 
     layer_ids: the model's layers, in order. scale: of the logits.
     """
@@ -33,13 +34,14 @@ class Captured:
     rows: Tensor
     queries: Tensor
     keys: Tensor
+    values: Tensor
     layer_ids: tuple[int, ...]
     scale: float
 
 
 @final
 class Recorder(Memory):
-    """Keeps rows, queries and keys of one call of one layer."""
+    """Keeps rows, queries, keys and values of one call of one layer."""
 
     watches: ClassVar[bool] = True
 
@@ -53,8 +55,8 @@ class Recorder(Memory):
     def push(self, rows: Tensor, attended: Tensor | None = None) -> None:
         self.taken = rows
 
-    def watch(self, query: Tensor, keys: Tensor, scale: float) -> None:
-        self.query, self.keys, self.scale = query, keys, scale
+    def watch(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
+        self.query, self.keys, self.values, self.scale = query, keys, values, scale
 
 
 @final
@@ -113,6 +115,7 @@ def captured(
         torch.stack([memory.taken[0] for memory in seen]),
         torch.stack([memory.query[0] for memory in seen]),
         torch.stack([memory.keys[0] for memory in seen]),
+        torch.stack([memory.values[0] for memory in seen]),
         layers,
         seen[0].scale,
     )

@@ -4,7 +4,7 @@ This is the one place for a setting: its name, its default, which is the default
 explain it. Commands make their options from the fields (`attnpred.cli.options`), so a setting that is added here is an
 option everywhere.
 
-Defaults are those that the evidence was measured with: blocks of 16 tokens, 16 sink and 32 recent tokens, 64 history
+Defaults are those that the evidence was measured with: blocks that suit the policy, 16 sink and 32 recent tokens, 64 history
 rows, a budget of 1024 tokens, and no dense layer, so that the compression that is asked for is the one that is read
 (docs/LOG.md, 2026-11-28). Published for AttentionPredictor (arXiv 2502.04077) are 64 sinks, 64 recent tokens and the
 first two layers dense. How often a history is calibrated is left to the policy: the published one takes a dense row
@@ -19,6 +19,8 @@ from attnpred.errors import ConfigError
 
 OFFLOADS = (None, "cpu", "disk")
 OFFLOAD_DTYPES = (None, "int8", "fp8")
+USUAL_BLOCK = 16
+"""Tokens of a block that most policies were published with, and that fetching pays for."""
 MOST_WEIGHT = 1_000_000
 """Of a layer's or a head's budget, and for staying where it was (hysteresis)."""
 LONGEST_WAIT = 1_000_000
@@ -36,7 +38,13 @@ class CacheConfig:
             "the context up to 1, which is never less than what is always attended and one block."
         },
     )
-    block_size: int = field(default=16, metadata={"about": "Tokens that are selected and read together."})
+    block_size: int = field(
+        default=0,
+        metadata={
+            "about": "Tokens that are selected and read together; 0: what suits the policy, which is 16 for most and wherever blocks are "
+            "fetched (offload), and 4 for predicted."
+        },
+    )
     num_sink_tokens: int = field(default=16, metadata={"about": "First tokens, always attended; whole blocks."})
     recent_window: int = field(
         default=32,
@@ -162,7 +170,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("block_size", 1),
+            ("block_size", 0),
             ("num_sink_tokens", 0),
             ("recent_window", 1),
             ("history", 1),
@@ -179,7 +187,7 @@ class CacheConfig:
                 if type(value) is not bool:
                     raise ConfigError(f"got {one.name}={checks.shown(value)}, expected True or False")
         for name in ("num_sink_tokens", "recent_window"):
-            if getattr(self, name) % self.block_size:
+            if self.block_size and getattr(self, name) % self.block_size:
                 raise ConfigError(
                     f"got {name}={getattr(self, name)}, expected a multiple of block_size={self.block_size}: change one of the two"
                 )
@@ -285,13 +293,13 @@ class CacheConfig:
         if isinstance(budget, int) and budget < self.smallest_budget:
             raise ConfigError(
                 f"got budget={budget}, expected at least {self.smallest_budget} ({self.num_sink_tokens} sink + {self.recent_window} "
-                f"recent tokens + 2 blocks of {self.block_size}): raise it, or lower num_sink_tokens or recent_window"
+                f"recent tokens + 2 blocks of {self.block_size or USUAL_BLOCK}): raise it, or lower num_sink_tokens or recent_window"
             )
 
     @property
     def smallest_budget(self) -> int:
         """Tokens of sinks, recent window, the partly filled block, and one block to choose."""
-        return self.num_sink_tokens + self.recent_window + 2 * self.block_size
+        return self.num_sink_tokens + self.recent_window + 2 * (self.block_size or USUAL_BLOCK)
 
     def budget_blocks(self, tokens: int) -> int:
         """Return how many blocks of each head may be attended in a context of `tokens`: all, if the budget holds it."""

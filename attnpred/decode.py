@@ -43,7 +43,7 @@ class LayerDecoder:
         layer: int = 0,
         leader: Memory | None = None,
     ) -> None:
-        config = config.for_layer(layer)
+        config = policy.settle(config.for_layer(layer))
         self.config, self.policy, self.counts, self.layer = config, policy, counts, layer
         self.memory: Any = policy.memory(config, layer)
         if leader is not None:

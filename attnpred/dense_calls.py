@@ -82,12 +82,13 @@ class DenseCalls:
         query, store = call.query, call.store
         if not self._needs_memory(store):
             return
+        if rows is not None:
+            self.memory.meet(rows.query, call.terms.scale)
         seal(self.memory, store, keys)
         if rows is not None:
             self.memory.push(rows.result(call.heads))
             if self.memory.watches:
-                seen = store.view()[0] if keys is None else keys
-                self.memory.watch(rows.query, seen, call.terms.scale)
+                self.memory.watch(rows.query, *store.view(), call.terms.scale)
         if self.chooser.forecasts:
             self.memory.look(query[:, :, -1], call.terms.scale, call.heads)
         self.chooser.forecast(call)

@@ -171,9 +171,9 @@ def selection(clock: Clock, context: int, rounds: int) -> Iterator[Row]:
     query = torch.randn(kv_heads, heads // kv_heads, dim, device=device) * dim**-0.5
     codes = digest.pack(torch.randn(kv_heads, blocks, dim, device=device))
     estimate = torch.randn(1, kv_heads, blocks, device=device) - 8
-    peaks = torch.randn(1, kv_heads, 2, blocks + 16, device=device) - 8
-    weights, distance = torch.randn(1, 4, device=device), torch.rand(blocks, device=device)
-    rates, maxima = torch.tensor([0.02, 0.1], device=device), torch.rand(1, kv_heads, chosen, device=device)
+    past = torch.randn(1, kv_heads, 1, blocks + 16, device=device) - 8
+    weights, distance = torch.randn(*estimate.shape[:2], 4, device=device), torch.rand(blocks, device=device)
+    maxima = torch.rand(1, kv_heads, chosen, device=device)
     ids = selections(kv_heads, blocks, chosen, rounds, device)
     calls: dict[str, Call] = {}
     for backend, shares, kernels in (
@@ -181,12 +181,12 @@ def selection(clock: Clock, context: int, rounds: int) -> Iterator[Row]:
         ("torch", digest.digest_shares_reference, stream),
     ):
         calls[f"digest_shares/{backend}"] = lambda i, shares=shares: shares(query, codes, 1)
-        calls[f"weigh/{backend}"] = lambda i, on=kernels: on.weigh(
-            estimate, peaks, weights, distance, 0, blocks, blocks
+        calls[f"weigh/{backend}"] = lambda i, on=kernels: on.weigh(estimate, past, weights, distance, 0, blocks, blocks)
+        calls[f"remember/{backend}"] = lambda i, on=kernels: on.remember(
+            past, 0.03, blocks, estimate, weights, distance, ids[i], maxima
         )
-        calls[f"remember/{backend}"] = lambda i, on=kernels: on.remember(peaks, rates, blocks, estimate, ids[i], maxima)
     calls["choose/torch"] = lambda i: stream.choose(estimate, 1, blocks - 3, blocks, chosen - 1)
-    moved = {"digest_shares": codes.numel(), "weigh": 4 * estimate.numel() * 4, "remember": 4 * estimate.numel() * 6}
+    moved = {"digest_shares": codes.numel(), "weigh": 4 * estimate.numel() * 4, "remember": 4 * estimate.numel() * 4}
     for name, found in clock.run(calls, rounds).items():
         size = moved.get(name.partition("/")[0], 4 * estimate.numel())
         row = {"context": context, "kv_heads": kv_heads, "variant": name, "blocks": blocks}

@@ -22,7 +22,6 @@ from attnpred.hf import TieredCache
 from attnpred.hf.sizes import estimate_for
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.policies.predicted import Predicted
-from attnpred.predictor.pretrained import Predictor, shipped
 from benchmarks import options
 from benchmarks.environment import environment
 from benchmarks.models import SHAPE_1B
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = CacheConfig(budget=args.budget, late_share=0.05)
     if args.offload != "none":
         settings = replace(settings, offload=args.offload, offload_dir=args.folder if args.offload == "disk" else None)
-    policy = Predicted(Predictor.from_pretrained(shipped()["general"]))
+    policy = Predicted()
     wanted = estimate_for(SHAPE_1B, settings, policy, torch.bfloat16, args.context)
     run(TieredCache(SHAPE_1B, policy=policy, settings=replace(settings, budget=1024)), 2 * CHUNK, 2)  # loads all code
     before = resident()

@@ -34,7 +34,6 @@ from attnpred.hf.sizes import estimate_for
 from attnpred.policies.base import Policy, View
 from attnpred.policies.predicted import Predicted
 from attnpred.predictor.memory import Memory
-from attnpred.predictor.pretrained import Predictor, shipped
 from benchmarks import options
 from benchmarks.environment import environment
 from benchmarks.models import fill, random_model
@@ -194,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     blocks = args.context // 16
     forced = plain.smallest_budget // plain.block_size - 1  # sinks, recent window and the open block
     keep = keep_for(churn, blocks, plain.budget_blocks(args.context) - forced)
-    general = Predicted(Predictor.from_pretrained(shipped()["general"]))
+    general = Predicted()
     wanted = estimate_for(model.config, disk, general, torch.bfloat16, args.context)
     say(f"theory: a dense step reads {wanted.full:,} bytes, a sparse one {wanted.full * args.budget:,.0f}, of which "
         f"{churn:.1%} and {LATE_SHARE:.0%} come from the disk")  # fmt: skip

@@ -47,24 +47,11 @@ CONTEXTS = (4096, 16384, 32768, 65536, 131072)
 CNN_UP_TO = 16384
 
 
-def trained() -> Predictor:
-    """Return a predictor of the trained kind with random projections, one head in eight with a vector per token."""
-    config = PredictorConfig(kind="streaming", layers="0", heads=KV_HEADS, head_dim=DIM, rank=32)
-    predictor = Predictor(config)
-    network = predictor.streaming
-    with torch.no_grad():
-        network.keys.normal_(std=DIM**-0.5)
-        network.queries.normal_(std=DIM**-0.5)
-        network.vectors.copy_(torch.tensor([[16.0] + [2.0] * (KV_HEADS - 1)]))
-    return predictor
-
-
 def policies() -> dict[str, Policy[Any]]:
     """Return the policies by name."""
     return {
-        "predicted": Predicted(trained()),
-        "predicted, torch only": Predicted(trained()),
-        "predicted, general": Predicted(Predictor(PredictorConfig(kind="streaming"))),
+        "predicted": Predicted(),
+        "predicted, torch only": Predicted(),
         "ema": Ema(),
         "quest": Quest(),
         "cnn": PaperForecast(Predictor(PredictorConfig(kind="cnn"))),
@@ -82,6 +69,7 @@ class Layer:
         self.decoders = {name: LayerDecoder(settings, policy, LayerCounts()) for name, policy in chosen.items()}
         rows = torch.rand(1, KV_HEADS, settings.history, self.zone.blocks) ** 8
         for decoder in self.decoders.values():
+            decoder.memory.meet(torch.randn(1, HEADS, decoder.memory.rows or 1, DIM), DIM**-0.5)
             seal(decoder.memory, self.pool)
             decoder.memory.push(rows[:, :, -decoder.memory.rows :])
         self.codes = torch.ones(self.decoders["predicted"].memory.bytes() // 8, dtype=torch.int64)  # as many bytes

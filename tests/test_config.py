@@ -31,8 +31,8 @@ from attnpred.policies.predicted import Predicted
         ({"budget": "big"}, "got budget='big'"),
         ({"budget": 64}, r"got budget=64, expected at least 80 \(16 sink \+ 32 recent tokens \+ 2 blocks of 16\)"),
         ({"block_size": 24}, "got num_sink_tokens=16, expected a multiple of block_size=24: change one of the two"),
-        ({"recent_window": 40}, "got recent_window=40, expected a multiple of block_size=16"),
-        ({"block_size": 0}, "got block_size=0, expected a whole number of at least 1"),
+        ({"recent_window": 40, "block_size": 16}, "got recent_window=40, expected a multiple of block_size=16"),
+        ({"block_size": -1}, "got block_size=-1, expected a whole number of at least 0"),
         ({"history": 2.5}, "got history=2.5, expected a whole number"),
         ({"calibration_interval": -1}, "got calibration_interval=-1"),
         ({"dense_layers": True}, "got dense_layers=True"),
@@ -69,17 +69,18 @@ def test_bad_settings_are_named(settings: dict[str, object], message: str) -> No
 
 def test_defaults_are_those_of_the_evidence() -> None:
     config = CacheConfig()
-    assert (config.block_size, config.num_sink_tokens, config.recent_window, config.history) == (16, 16, 32, 64)
+    assert (config.block_size, config.num_sink_tokens, config.recent_window, config.history) == (0, 16, 32, 64)
     assert (config.calibration_interval, config.dense_layers, config.budget) == (None, 0, 1024)
+    assert (Predicted.granularity, PaperForecast.granularity) == (4, 16)
     assert (PaperForecast.calibration, Predicted.calibration) == (5, 0)
 
 
 def test_a_share_is_taken_of_the_context_and_never_too_small() -> None:
-    config = CacheConfig(budget=0.25)
+    config = CacheConfig(budget=0.25, block_size=16)
     assert config.budget_blocks(4096) == 64
     assert config.budget_blocks(300) == config.smallest_budget // 16
-    assert CacheConfig(budget=1.0).budget_blocks(1001) == 63
-    assert CacheConfig(budget=1000).budget_blocks(5000) == 62
+    assert CacheConfig(budget=1.0, block_size=16).budget_blocks(1001) == 63
+    assert CacheConfig(budget=1000, block_size=16).budget_blocks(5000) == 62
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def selections(name: str, queries: Tensor, keys: Tensor, calibration: int = 0) -
         block_size=P,
         num_sink_tokens=P,
         recent_window=2 * P,
-        history=6,
+        history=48,
         calibration_interval=calibration,
         late_share=late_share,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools import real_tables
 from tools.policy_claims import Row
-from tools.policy_tables import ROOT, _shown, load, number, share
+from tools.policy_tables import ROOT, _shown, load
 from tools.speed_tables import table
 
 PAGE: Path = ROOT / "docs" / "evidence.md"
@@ -57,42 +57,11 @@ def needle(rows: Sequence[Row]) -> str:
     return "; ".join(found)
 
 
-def accuracy(rows: Sequence[Row]) -> str:
-    """Return how far the forecast is ahead of the best heuristic that does not see the query, at each budget."""
-    own = [row for row in rows if row["length"] == 4096 and row["text"] == "all"]
-    found = []
-    for budget in sorted({row["budget"] for row in own}, reverse=True):
-        cells = {row["policy"]: row for row in own if row["budget"] == budget}
-        heuristics = [
-            name for name in cells if name.partition(":")[0] in ("last_step", "ema", "accumulated", "streaming")
-        ]
-        best = max(heuristics, key=lambda name: cells[name]["value"])
-        ahead = cells["predicted:late_share=0"]["value"] - cells[best]["value"]
-        corrected = cells["predicted"]["value"] - cells[best]["value"]
-        found.append(f"{share(budget)}: {100 * ahead:+.1f} ({100 * corrected:+.1f} corrected) over `{best}`")
-    return "points of recovery ratio, " + "; ".join(found)
-
-
 def chain(rows: Sequence[Row]) -> str:
     """Return what is right in long outputs, and against the full cache."""
     cells = [f"`{row['policy']}` {row['value']:.2f}" for row in rows]
     ours = next(row for row in rows if row["policy"] == "predicted")
     return f"{', '.join(cells)}; `predicted` against full {_shown(ours.get('against_full'))}"
-
-
-def blocks(rows: Sequence[Row]) -> str:
-    """Return the recovery ratios at each block size."""
-    found: dict[int, list[str]] = {}
-    for row in rows:
-        if row["policy"] in ("quest", "mean_key", EMA, "oracle"):
-            found.setdefault(row["block_size"], []).append(f"`{row['policy']}` {number(row['value'], 3)}")
-    return "; ".join(f"{size}: {', '.join(found[size])}" for size in sorted(found))
-
-
-def truth_rows(rows: Sequence[Row]) -> str:
-    """Return the recovery ratio with a true row every so many steps."""
-    wanted = [row for row in rows if row["policy"].startswith("predicted") and "calibration_interval" in row["policy"]]
-    return ", ".join(f"`{row['policy']}` {number(row['value'], 3)}" for row in wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +78,7 @@ class Claim:
 CLAIMS = (
     Claim("compression at under 0.5 % loss", "13 times (abstract)", "compression", compression, "facts and book text, not LongBench"),
     Claim("needles at 1/64 of the cache", "100 % (figure 6)", "needle", needle, "four or eight blocks of each head"),
-    Claim("prediction against heuristics", "more than 5 points (table 3)", "recovery", accuracy, "recovery ratio, closed loop"),
     Claim("long outputs at a budget of 0.13", "76.7 % against Quest's 43.3 % (AIME24, figure 4)", "chain", chain, "follows a chain of facts, no reasoning; its format was chosen by scores of the full cache on this book"),
-    Claim("block sizes 8 to 64", "the advantage holds (figure 8)", "recovery_settings", blocks, "rivals only: a predictor of its own for each size was not trained"),
-    Claim("M, steps between true rows", "5 (table 9)", "recovery_settings", truth_rows, "digests make true rows needless; H has no part in this predictor"),
 )  # fmt: skip
 
 

@@ -1,13 +1,11 @@
-"""Draw the figures of the documents: `docs/figures/recovery.png` and `docs/figures/patterns.png`.
+"""Draw the figure of docs/predictor.md: `docs/figures/patterns.png`.
 
-python -m tools.figures [--rows FILE]        under a minute; needs the extra `plot`
+python -m tools.figures        under a minute; needs the extra `plot`
 
-The first is drawn from what `python -m tools.recovery_results` measured, the second from heads of the demo LM as it reads
-the embedded book and a number table. Both are kept small, as pictures of 256 colours.
+It shows heads of the demo LM as it reads the embedded book and a number table, in 256 colours to stay small.
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -15,17 +13,9 @@ from pathlib import Path
 from attnpred.errors import MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES, ROWS = ROOT / "docs" / "figures", ROOT / "docs" / "results" / "recovery.jsonl"
+FIGURES = ROOT / "docs" / "figures"
 LENGTH, STEPS = 4096, 256
 TABLE_SEED = 3  # a table with lines of nearly equal length
-
-
-def recovery(file: Path, path: Path) -> None:
-    """Draw the rows of `file` over all kinds of text, at `LENGTH` tokens."""
-    from attnpred.report.recovery_figure import draw
-
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    draw([row for row in rows if row["text"] == "all" and row["length"] == LENGTH], path)
 
 
 def patterns(path: Path) -> None:
@@ -56,24 +46,19 @@ def shrink(path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Draw both figures; return the exit code."""
+    """Draw the figure; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=ROWS, help="rows of `attnpred eval --tasks recovery`")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder to write to")
     args = parser.parse_args(arguments)
-    if not args.rows.is_file():
-        print(f"got no file {args.rows}, expected recovery rows: run python -m tools.recovery_results", file=sys.stderr)
-        return 2
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        recovery(args.rows, args.out / "recovery.png")
         patterns(args.out / "patterns.png")
     except MissingExtraError as error:
         print(error, file=sys.stderr)
         return 2
-    for name in ("recovery.png", "patterns.png"):
-        shrink(args.out / name)
-        print(f"{args.out / name}: {(args.out / name).stat().st_size // 1000} kB")
+    path = args.out / "patterns.png"
+    shrink(path)
+    print(f"{path}: {path.stat().st_size // 1000} kB")
     return 0
 
 

@@ -36,7 +36,8 @@ def describe(name: str) -> dict[str, Any]:
     from attnpred.policies import POLICIES
     from attnpred.store.estimate import LayerShape
 
-    kind, settings = POLICIES[name], CacheConfig()
+    kind = POLICIES[name]
+    settings = CacheConfig(block_size=kind.granularity)
     state = 0.0
     if not kind.is_dense:
         policy = kind.untrained(settings.block_size, GROUP, DIM)

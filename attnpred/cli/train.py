@@ -12,13 +12,11 @@ def train(
     predictor: Annotated[
         str,
         typer.Option(
-            help="streaming: digests and peaks; general: one for all heads; cnn: as published; seer-gate: for seer."
+            help="cnn: the forecast as published, for predicted; seer-gate: for seer. `predicted` itself needs none."
         ),
-    ] = "streaming",
-    steps: Annotated[
-        int, typer.Option(help="Steps of the optimiser; 0: 600 for streaming, 1500 for cnn, 4000 for seer-gate.")
-    ] = 0,
-    rank: Annotated[int, typer.Option(help="Directions that a digest (D at most) or a gate keeps.")] = 32,
+    ] = "cnn",
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser; 0: 1500 for cnn, 4000 for seer-gate.")] = 0,
+    rank: Annotated[int, typer.Option(help="Directions that a gate keeps.")] = 32,
     batch: Annotated[int, typer.Option(help="Windows per query; a step takes four queries (cnn).")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam, at first; it falls (cnn).")] = 3e-4,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the split and the order.")] = 0,
@@ -35,12 +33,11 @@ def train(
     from attnpred.errors import ConfigError
     from attnpred.files import try_out
     from attnpred.predictor.seer_training import SeerConfig, train_seer
-    from attnpred.predictor.streaming_training import StreamingConfig, train_streaming
     from attnpred.predictor.traces import TraceReader
     from attnpred.predictor.training import TrainConfig, train_predictor
 
-    if predictor not in ("streaming", "general", "cnn", "seer-gate"):
-        raise ConfigError(f"got --predictor {predictor!r}, expected streaming, general, cnn or seer-gate")
+    if predictor not in ("cnn", "seer-gate"):
+        raise ConfigError(f"got --predictor {predictor!r}, expected cnn or seer-gate")
     block_size = TraceReader(traces).meta.block_size
     try_out(out / "config.json", makes_folder=True)
     for name, tokens in (("--sink-tokens", sink_tokens), ("--recent-tokens", recent_tokens)):
@@ -64,31 +61,12 @@ def train(
             f"EMA of the rows {shares['ema']:.4f}, last row {shares['last_step']:.4f}"
         )
         return
-    if predictor == "seer-gate":
-        gate = SeerConfig(steps=steps or 4000, rank=rank, seed=seed, sink_blocks=sinks, recent_blocks=recent)
-        trained = train_seer(traces, out, gate)
-        if as_json:
-            print(json.dumps({**dataclasses.asdict(trained), "out": str(out)}))
-            return
-        print(f"{out}: {trained.parameters:,} parameters, {trained.seconds:.0f} s")
-        print("recovered on held-out documents, by budget:")
-        for budget, share in trained.recovered.items():
-            print(f"  {budget}  {share:.4f}")
-        return
-    settings = StreamingConfig(
-        steps=steps or 600,
-        rank=rank,
-        history=history,
-        seed=seed,
-        sink_blocks=sinks,
-        recent_blocks=recent,
-        shared=predictor == "general",
-    )
-    found = train_streaming(traces, out, settings)
+    gate = SeerConfig(steps=steps or 4000, rank=rank, seed=seed, sink_blocks=sinks, recent_blocks=recent)
+    trained = train_seer(traces, out, gate)
     if as_json:
-        print(json.dumps({**dataclasses.asdict(found), "out": str(out)}))
+        print(json.dumps({**dataclasses.asdict(trained), "out": str(out)}))
         return
-    print(f"{out}: {found.parameters:,} parameters, {found.seconds:.0f} s")
+    print(f"{out}: {trained.parameters:,} parameters, {trained.seconds:.0f} s")
     print("recovered on held-out documents, by budget:")
-    for budget, share in found.forecast.items():
-        print(f"  {budget}  forecast {share:.4f}, corrected {found.correction[budget]:.4f}")
+    for budget, share in trained.recovered.items():
+        print(f"  {budget}  {share:.4f}")

@@ -35,15 +35,10 @@ IN_MEMORY: dict[str, Any] = dict.fromkeys(("offload", "offload_dir", "offload_dt
 def check(plan: Plan, model_config: Any) -> None:
     """Make every policy with every budget. Raises `AttnpredError` for one that cannot be had."""
     for cell in plan.cells():
-        policy, settings = cell.variant.make(model_config, config_of(plan, cell))
+        policy, _ = cell.variant.make(model_config, config_of(plan, cell))
         if cell.task.make().replays and policy.is_dense:
             raise ConfigError(
                 f"got policy {cell.variant.label!r} for task {cell.task.word!r}, expected one that selects blocks: leave it out"
-            )
-        if cell.task.make().replays and settings.block_size != plan.config.block_size:
-            raise ConfigError(
-                f"got policy {cell.variant.label!r} for task {cell.task.word!r}, whose documents are read with block_size="
-                f"{plan.config.block_size}, expected the same: give --block-size"
             )
 
 
@@ -143,7 +138,7 @@ class Grid:
             "kind": policy.kind,
             "granularity": _granularity(policy, settings),
             "calibration": base.calibration_interval,
-            "block_size": base.block_size,
+            "block_size": settings.block_size,
             "sink_tokens": base.num_sink_tokens,
             "recent_tokens": base.recent_window,
             "steps": self.plan.steps,

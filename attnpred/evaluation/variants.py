@@ -30,7 +30,8 @@ class Variant:
         own = dataclasses.replace(settings, **self.settings)
         policy: Any = hf.make_policy(self.name, self.predictor, model_config, own)
         try:
-            return (dataclasses.replace(policy, **self.fields) if self.fields else policy), own
+            made: Policy[Any] = dataclasses.replace(policy, **self.fields) if self.fields else policy
+            return made, made.settle(own)
         except TypeError:  # a word where a number belongs
             raise ConfigError(f"got policy {self.label!r}, expected numbers for {', '.join(self.fields)}") from None
 

@@ -18,7 +18,6 @@ from attnpred.hf.support import is_served, refuse_model, refuse_unsupported
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.policies.pod import Pod
-from attnpred.policies.predicted import Predicted
 from attnpred.predictor.pretrained import Predictor
 
 logger = logging.getLogger("attnpred")
@@ -58,10 +57,10 @@ def attach(
     settings = make_settings(config, overrides)
     check_budgets(model.config, settings)
     chosen = make_policy(policy, predictor, model.config, settings)
-    settings = attend_near(settings, chosen)
+    settings = attend_near(chosen.settle(settings), chosen)
     if make_sharing(model.config, settings, chosen) is None and isinstance(chosen, Pod):
         logger.warning("got policy 'pod' without layer_groups: no keys are shared, and every step is dense")
-    if isinstance(chosen, Predicted | PaperForecast):
+    if isinstance(chosen, PaperForecast):
         chosen.predictor.to(model.device)
     if not any(is_served(layer) for layer in DynamicCache(config=model.config).layers):
         why = f"{model.config.model_type} has no full-attention layer: there is nothing to compress"

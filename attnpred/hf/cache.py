@@ -77,7 +77,7 @@ class TieredCache(Operations):
         self.settings = make_settings(settings, overrides)
         self.policy = make_policy(policy, predictor, self.model_config, self.settings)
         check_budgets(self.model_config, self.settings)
-        self.settings = attend_near(self.settings, self.policy)
+        self.settings = attend_near(self.policy.settle(self.settings), self.policy)
         self.sharing = make_sharing(self.model_config, self.settings, self.policy)
         self.backing = None
         if self.settings.offload is not None:

@@ -1,13 +1,12 @@
 """From names and loose settings to a `CacheConfig`, a policy and a predictor that fit the model and each other."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from attnpred.config import CacheConfig
+from attnpred.config import USUAL_BLOCK, CacheConfig
 from attnpred.errors import ConfigError, UnsupportedModelError
 from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
@@ -16,8 +15,6 @@ from attnpred.policies.predicted import Predicted
 from attnpred.predictor.layer_groups import LayerGroups
 from attnpred.predictor.pretrained import Predictor, shipped
 from attnpred.sharing import Sharing
-
-logger = logging.getLogger("attnpred")
 
 FORECASTS = ("cnn", "cnn-unpadded")
 """Kinds of predictor that `predicted` runs as published."""
@@ -101,15 +98,16 @@ def make_policy(
         raise ConfigError(f"got policy {policy!r}, expected one of {', '.join(POLICIES)}")
     made: Any = POLICIES[policy]
     wanted: str = made.predictor_kind
-    if not wanted:
+    if not wanted and (predictor is None or made is not Predicted):
         return made.for_tokenizer(_tokenizer(config, policy)) if made.reads_tokens else made()
     chosen = _predictor(predictor, config, policy, wanted)
-    chosen.require(settings.block_size)
+    chosen.require(settings.block_size or USUAL_BLOCK)
     kind = chosen.config.kind
     if kind == wanted:
         return made(chosen)
     if made is Predicted and kind in FORECASTS:
         return PaperForecast(chosen)
+    wanted = wanted or FORECASTS[0]
     raise ConfigError(
         f"got a predictor of kind {kind!r} for policy {policy!r}, expected {wanted!r}: "
         f"make one (attnpred capture, attnpred train --predictor {wanted})"
@@ -139,13 +137,6 @@ def _predictor(predictor: Predictor | str | Path | None, config: PreTrainedConfi
     candidates = [candidate for candidate in candidates if candidate.config.kind == kind]
     for candidate in candidates:
         if candidate.config.fingerprint == fingerprint(config):
-            return candidate
-    for candidate in candidates:
-        if not candidate.config.layers:
-            logger.warning(
-                "no predictor was trained for this %s model: using the general one; `attnpred train` makes your own",
-                config.model_type,
-            )
             return candidate
     raise ConfigError(
         f"got policy {policy!r} for {config.model_type} ({fingerprint(config)}), expected a {kind} predictor for it, and none is "

@@ -30,7 +30,6 @@ from attnpred.hf.saving import TOKENS, WINDOW, check_value
 from attnpred.policies import POLICIES
 from attnpred.policies.base import Policy
 from attnpred.policies.paper_cnn import PaperForecast
-from attnpred.policies.predicted import Predicted
 from attnpred.predictor.memory import inside
 from attnpred.predictor.pretrained import Predictor
 from attnpred.shapes import num_blocks
@@ -99,7 +98,7 @@ def _begin(
     settings: CacheConfig,
 ) -> TieredCache:
     """Return a cache of the file's tokens, or of those that it has in common with `prefix`."""
-    if isinstance(policy, Predicted | PaperForecast):
+    if isinstance(policy, PaperForecast):
         policy.predictor.to(model.device)
     ids = None if header.tokens is None else _tensor(file, header, TOKENS, HOST)
     kept = header.length if prefix is None else _in_common(prefix, ids, header, file.path)

@@ -33,6 +33,7 @@ def estimate_for(
     batch: int = 1,
 ) -> Estimate:
     """Return what the cache of this model takes at a context of `tokens` in each of `batch` rows, in bytes."""
+    settings = policy.settle(settings)
     shapes = layer_shapes(model_config, settings, policy, dtype, tokens, batch)
     return estimate(settings, shapes, tokens, batch)
 

@@ -27,9 +27,9 @@ _LOG2E = 1.4426950408889634
 _BYTE, _WORD, _INT = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _BYTES = ir.VectorType(_BYTE, 64)
 _INTS, _FLOATS = ir.VectorType(_INT, 16), ir.VectorType(ir.FloatType(), 16)
-_EXP2 = (1.0, 0.69312105, 0.24022349, 0.05592198, 0.00966637)
+EXP2 = (1.0, 0.69312105, 0.24022349, 0.05592198, 0.00966637)
 """Chebyshev coefficients of 2 ** x for -0.5 <= x <= 0.5, within 4e-6."""
-_LOG = (1.000001, -0.50000877, 0.33313563, -0.24920336, 0.20525444, -0.1857384, 0.11657806)
+LOG = (1.000001, -0.50000877, 0.33313563, -0.24920336, 0.20525444, -0.1857384, 0.11657806)
 """The same of log(1 + x) / x, for 1 + x between the roots of 1/2 and 2, within 5e-7."""
 
 
@@ -143,8 +143,8 @@ def _powers(typing: Any, values: Any, fours: Any, maxima: Any, vectors: Any, blo
             power = builder.fsub(_load(builder, at, _FLOATS), highest)
             power = _larger(builder, power, _filled(-126.0))  # nothing below the smallest normal number
             whole = builder.call(whole_part, [builder.fadd(power, _filled(0.5))])
-            rest, result = builder.fsub(power, whole), _filled(_EXP2[-1])
-            for coefficient in reversed(_EXP2[:-1]):
+            rest, result = builder.fsub(power, whole), _filled(EXP2[-1])
+            for coefficient in reversed(EXP2[:-1]):
                 result = builder.fmul(result, rest, flags=["contract"])
                 result = builder.fadd(result, _filled(coefficient), flags=["contract"])
             exponent = builder.add(builder.fptosi(whole, _INTS), ir.Constant(_INTS, [127] * 16))
@@ -248,7 +248,7 @@ def finish_row(sums: Any, found: Any, group: int, step: int, out: Any, bits: Any
         bits[i] -= exponent << np.int32(23)
     for i in range(out.size):
         x = out[i] - np.float32(1)
-        y = np.float32(_LOG[6])
+        y = np.float32(LOG[6])
         for k in range(5, -1, -1):
-            y = y * x + np.float32(_LOG[k])
+            y = y * x + np.float32(LOG[k])
         out[i] = y * x + exponents[i] * np.float32(0.6931471805599453)

@@ -32,11 +32,11 @@ _PAYS = 1 << 16
 (
     TAKEN, ROWS, OWN, GROUP, BLOCKS, QUADS, QUERY, QUERY_KIND, ESTIMATE,
     KV_HEADS, DIM, RANK, PROJECTION, PER_BATCH, CODES, VECTOR_COUNTS, DIAGONAL,
-    PEAKS, CAPACITY, RATES, WEIGHTS, OWN_WEIGHTS, DISTANCE, SINKS, FIRST_RECENT, ZONE_BLOCKS, FREE, SELECTION,
+    PAST, CAPACITY, WEIGHTS, DISTANCE, SINKS, FIRST_RECENT, ZONE_BLOCKS, FREE, SELECTION,
     MOST_ITEMS, ROUNDED, SCALES, SUMS, FOUND, STARTS,
-) = range(34)  # fmt: skip
-FIELDS = 34
-_NO_CHOICE, _NO_SCRATCH = (0,) * 11, (0,) * 6
+) = range(32)  # fmt: skip
+FIELDS = 32
+_NO_CHOICE, _NO_SCRATCH = (0,) * 9, (0,) * 6
 
 
 @numba.njit
@@ -128,7 +128,7 @@ def _do_heads(data: Any) -> None:
     found = numba.carray(pointer(f[FOUND]), (rows, quads, f[MOST_ITEMS], 4, 2), np.float32)
     estimate = numba.carray(pointer(f[ESTIMATE]), (rows, blocks), np.float32)
     bits = numba.carray(pointer(f[ESTIMATE]), (rows, blocks), np.int32)
-    sinks, first_recent, free, rates = f[SINKS], f[FIRST_RECENT], f[FREE], f[RATES]
+    sinks, first_recent, free = f[SINKS], f[FIRST_RECENT], f[FREE]
     middle = first_recent - sinks
     scores = np.empty(max(1, middle), np.float32)
     size = sinks + free + f[ZONE_BLOCKS] - first_recent
@@ -138,12 +138,10 @@ def _do_heads(data: Any) -> None:
             break
         finish_row(sums[row], found[row], f[GROUP], _step(f, row), estimate[row], bits[row])
         if f[SELECTION]:
-            peaks = numba.carray(pointer(f[PEAKS] + row * rates * f[CAPACITY] * 4), (rates, f[CAPACITY]), np.float32)
-            weights = numba.carray(pointer(f[WEIGHTS] + row % f[OWN_WEIGHTS] * (2 + rates) * 4), 2 + rates, np.float32)
+            past = numba.carray(pointer(f[PAST] + row * f[CAPACITY] * 4), f[CAPACITY], np.float32)
+            weights = numba.carray(pointer(f[WEIGHTS] + row * 16), 4, np.float32)
             distance = numba.carray(pointer(f[DISTANCE]), middle, np.float32)
-            weigh_row(
-                estimate[row, sinks:first_recent], peaks[:, sinks:first_recent], weights, distance, scores[:middle]
-            )
+            weigh_row(estimate[row, sinks:first_recent], past[sinks:first_recent], weights, distance, scores[:middle])
             out = numba.carray(pointer(f[SELECTION] + row * size * 8), size, np.int64)
             choose_row(scores[:middle].view(np.int32), sinks, first_recent, f[ZONE_BLOCKS], free, out)
 
@@ -218,7 +216,7 @@ def prepare(
 def _call(
     query: Tensor, prepared: Prepared, blocks: int, selecting: int, chosen: tuple[int, ...] = _NO_CHOICE
 ) -> Tensor:
-    """Return the estimate [B, Hs, blocks] for query [B, Hq, D]; chosen: fields PEAKS to SELECTION."""
+    """Return the estimate [B, Hs, blocks] for query [B, Hq, D]; chosen: fields PAST to SELECTION."""
     # Few and plain operations: at a decode step the interpreter is as cold as the data.
     batch, heads, _ = query.shape
     kind = 1 if query.dtype == torch.bfloat16 else 0
@@ -244,21 +242,18 @@ def look(query: Tensor, prepared: Prepared, blocks: int, selecting: int) -> Tens
 
 def choose(
     query: Tensor, prepared: Prepared, blocks: int, selecting: int,
-    peaks: Tensor, weights: Tensor, distances: Tensor, sinks: int, first_recent: int, zone_blocks: int, free: int,
+    past: Tensor, weights: Tensor, distance: Tensor, sinks: int, first_recent: int, zone_blocks: int, free: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return what `look` does, and a selection [B, Hs, K]: `kernels.choose` of what `kernels.weigh` gives for that.
-
-    distances: the last of them are those of the blocks up to `first_recent`.
-    """
-    middle, capacity = first_recent - sinks, peaks.shape[3]
-    assert 0 <= sinks < first_recent <= min(blocks, capacity) and 0 <= free <= middle <= distances.numel()
+    """Return what `look` does, and a selection [B, Hs, K]: `kernels.choose` of what `kernels.weigh` gives for that."""
+    middle, capacity = first_recent - sinks, past.shape[3]
+    assert 0 <= sinks < first_recent <= min(blocks, capacity) and 0 <= free <= middle == distance.numel()
+    assert past.is_contiguous() and weights.is_contiguous() and weights.shape[1:] == (selecting, 4)
     selection = torch.empty(
         query.shape[0], selecting, sinks + free + zone_blocks - first_recent, dtype=torch.int64, device="cpu"
     )
     told = (
-        address(peaks, torch.float32), capacity, peaks.shape[2], address(weights, torch.float32), weights.shape[0],
-        address(distances, torch.float32) + 4 * (distances.numel() - middle), sinks, first_recent, zone_blocks, free,
-        address(selection, torch.int64),
+        address(past, torch.float32), capacity, address(weights, torch.float32), address(distance, torch.float32),
+        sinks, first_recent, zone_blocks, free, address(selection, torch.int64),
     )  # fmt: skip
     return _call(query, prepared, blocks, selecting, told), selection
 

@@ -12,72 +12,100 @@ from torch import Tensor
 
 from attnpred.kernels import stream
 from attnpred.kernels.digest import FLOOR
+from attnpred.kernels.numba_codes import EXP2, LOG
 from attnpred.kernels.numba_tools import address, compiled, pointer, share_out, take, threads
 
 _FLOOR = np.float32(FLOOR)
 _FIELDS = 16
+WEIGHTS = 4
+"""Of estimate, average, distance and one."""
+_RATE_UNIT = 2.0**-24
 _PAYS = 1 << 14
 """Numbers, of all heads, from which on it pays to have several threads: about 10 microseconds, 50 where data is cold."""
 
 
-@numba.njit
-def weigh_row(estimate: Any, peaks: Any, weights: Any, distance: Any, out: Any) -> None:
-    """Write to out [n] the weighted sum of estimate [n], peaks [T, n] and distance [n]; weights [2 + T]."""
-    a, z = weights[0], weights[weights.size - 1]
+@numba.njit(fastmath={"reassoc", "contract"})
+def weigh_row(estimate: Any, past: Any, weights: Any, distance: Any, out: Any) -> None:
+    """Write to out [n] the weighted sum of estimate, past and distance [n]; weights [3 or more]."""
+    a, b, z = weights[0], weights[1], weights[2]
     for i in range(out.size):
-        out[i] = a * estimate[i] + z * distance[i]
-    for t in range(peaks.shape[0]):
-        b, past = weights[1 + t], peaks[t]
-        for i in range(out.size):
-            out[i] += b * past[i]
+        out[i] = a * estimate[i] + b * past[i] + z * distance[i]
 
 
 @compiled("void(CPointer(int64))", to_address=True)
 def _weigh_heads(data: Any) -> None:
-    """Fields: taken, rows, first, last, blocks, known, capacity, rates, heads of weights; addresses as in `weigh`."""
+    """Fields: taken, rows, first, last, blocks, known, capacity; addresses as in `weigh`."""
     f = numba.carray(data, _FIELDS)
-    first, last, blocks, known, capacity, rates, own_weights = f[2], f[3], f[4], f[5], f[6], f[7], f[8]
+    first, last, blocks, known, capacity = f[2], f[3], f[4], f[5], f[6]
     while True:
         head = take(f.ctypes.data)
         if head >= f[1]:
             break
-        given = numba.carray(pointer(f[9] + head * known * 4), known, np.float32)
-        peaks = numba.carray(pointer(f[10] + head * rates * capacity * 4), (rates, capacity), np.float32)
-        weights = numba.carray(pointer(f[11] + head % own_weights * (2 + rates) * 4), 2 + rates, np.float32)
-        distance = numba.carray(pointer(f[12]), last - first, np.float32)
-        out = numba.carray(pointer(f[13] + head * blocks * 4), blocks, np.float32)
+        given = numba.carray(pointer(f[7] + head * known * 4), known, np.float32)
+        past = numba.carray(pointer(f[8] + head * capacity * 4), capacity, np.float32)
+        weights = numba.carray(pointer(f[9] + head * WEIGHTS * 4), WEIGHTS, np.float32)
+        distance = numba.carray(pointer(f[10]), last - first, np.float32)
+        out = numba.carray(pointer(f[11] + head * blocks * 4), blocks, np.float32)
         out[:first] = 0
         out[last:] = 0
-        weigh_row(given[first:last], peaks[:, first:last], weights, distance, out[first:last])
+        weigh_row(given[first:last], past[first:last], weights, distance, out[first:last])
+
+
+@numba.njit(fastmath={"reassoc", "contract"})
+def _average(past: Any, row: Any, rate: Any, bits: Any) -> None:
+    """Bring row [n] into past [n], both logarithms; row is scratch then, and bits the same memory as integers."""
+    # past + log(1 + rate * (exp(row - past) - 1)), by polynomials on the bits of numbers, which become vectors.
+    wholes = np.empty(row.size, np.int32)
+    for i in range(row.size):
+        power = (row[i] - past[i]) * np.float32(1.4426950408889634)
+        whole = np.floor(power + np.float32(0.5))
+        wholes[i] = np.int32(whole) + np.int32(127)
+        row[i] = power - whole
+    for i in range(row.size):
+        x, y = row[i], np.float32(EXP2[-1])
+        for k in range(len(EXP2) - 2, -1, -1):
+            y = y * x + np.float32(EXP2[k])
+        row[i] = y
+    for i in range(row.size):
+        bits[i] += (wholes[i] - np.int32(127)) << np.int32(23)
+    for i in range(row.size):
+        row[i] = row[i] * rate + (np.float32(1) - rate)
+    for i in range(row.size):
+        exponent = (bits[i] - np.int32(0x3F3504F3)) >> np.int32(23)  # of a mantissa between the roots of 1/2 and 2
+        wholes[i] = exponent
+        bits[i] -= exponent << np.int32(23)
+    for i in range(row.size):
+        x, y = row[i] - np.float32(1), np.float32(LOG[6])
+        for k in range(5, -1, -1):
+            y = y * x + np.float32(LOG[k])
+        past[i] = max(_FLOOR, past[i] + (y * x + np.float32(wholes[i]) * np.float32(0.6931471805599453)))
 
 
 @compiled("void(CPointer(int64))", to_address=True)
 def _remember_heads(data: Any) -> None:
-    """Fields: taken, rows, blocks, known, capacity, rates, chosen; addresses as in `remember`."""
+    """Fields: taken, rows, blocks, known, capacity, chosen; addresses as in `remember`; the rate in `_RATE_UNIT`s."""
     f = numba.carray(data, _FIELDS)
-    blocks, known, capacity, count, chosen = f[2], f[3], f[4], f[5], f[6]
-    rates = numba.carray(pointer(f[8]), count, np.float32)
-    attended, raised = np.empty(chosen, np.float32), np.empty(chosen, np.float32)
+    blocks, known, capacity, chosen = f[2], f[3], f[4], f[5]
+    rate = np.float32(f[12]) * np.float32(_RATE_UNIT)
+    row = np.empty(blocks, np.float32)
+    bits = row.view(np.int32)
+    distance = numba.carray(pointer(f[9]), known, np.float32)
     while True:
         head = take(f.ctypes.data)
         if head >= f[1]:
             break
-        all_peaks = numba.carray(pointer(f[7] + head * count * capacity * 4), (count, capacity), np.float32)
-        estimate = numba.carray(pointer(f[9] + head * known * 4), known, np.float32)
+        past = numba.carray(pointer(f[6] + head * capacity * 4), capacity, np.float32)[:blocks]
+        estimate = numba.carray(pointer(f[7] + head * known * 4), known, np.float32)
+        weights = numba.carray(pointer(f[8] + head * WEIGHTS * 4), WEIGHTS, np.float32)
         selection = numba.carray(pointer(f[10] + head * chosen * 8), chosen, np.int64)
         maxima = numba.carray(pointer(f[11] + head * chosen * 4), chosen, np.float32)
+        weigh_row(estimate, past[:known], weights, distance, row[:known])
+        for i in range(known):
+            row[i] = min(np.float32(0), max(_FLOOR, row[i] + weights[3]))
+        row[known:] = _FLOOR
         for i in range(chosen):
-            attended[i] = max(_FLOOR, np.log(max(maxima[i], np.float32(1e-30))))
-        for t in range(count):
-            peaks, rate = all_peaks[t], rates[t]
-            for i in range(chosen):
-                raised[i] = max(attended[i], peaks[max(0, selection[i])] - rate)
-            for i in range(known):
-                peaks[i] = max(peaks[i] - rate, estimate[i])
-            for i in range(known, blocks):
-                peaks[i] -= rate
-            for i in range(chosen):
-                peaks[max(0, selection[i])] = raised[i]
+            row[max(0, selection[i])] = max(_FLOOR, np.log(max(maxima[i], np.float32(1e-30))))
+        _average(past, row, rate, bits)
 
 
 @numba.njit
@@ -154,33 +182,38 @@ def _shared_out(work: Any, numbers: int, *fields: int) -> None:
 
 
 def weigh(
-    estimate: Tensor, peaks: Tensor, weights: Tensor, distance: Tensor, first: int, last: int, blocks: int
+    estimate: Tensor, past: Tensor, weights: Tensor, distance: Tensor, first: int, last: int, blocks: int
 ) -> Tensor:
-    """Same as `stream.weigh`; `peaks` is in one piece."""
-    if peaks.device.type != "cpu":
-        return stream.weigh(estimate, peaks, weights, distance, first, last, blocks)
-    known, capacity = estimate.shape[2], peaks.shape[3]
+    """Same as `stream.weigh`; `past` is in one piece."""
+    if past.device.type != "cpu":
+        return stream.weigh(estimate, past, weights, distance, first, last, blocks)
+    known, capacity = estimate.shape[2], past.shape[3]
     assert 0 <= first <= last <= min(known, capacity, blocks)  # nothing below looks at it again
-    assert peaks.is_contiguous() and distance.numel() == last - first
+    assert past.is_contiguous() and distance.numel() == last - first and weights.shape[2] == WEIGHTS
     given, own, far = estimate.contiguous(), weights.contiguous(), distance.contiguous()
     out = torch.empty(*estimate.shape[:2], blocks, dtype=torch.float32, device="cpu")
     _shared_out(
-        _weigh_heads, out.numel(), 0, out.shape[0] * out.shape[1], first, last, blocks, known, capacity, peaks.shape[2],
-        own.shape[0], *(address(x, torch.float32) for x in (given, peaks, own, far, out)),
+        _weigh_heads, out.numel(), 0, out.shape[0] * out.shape[1], first, last, blocks, known, capacity,
+        *(address(x, torch.float32) for x in (given, past, own, far, out)),
     )  # fmt: skip
     return out
 
 
-def remember(peaks: Tensor, rates: Tensor, blocks: int, estimate: Tensor, selection: Tensor, maxima: Tensor) -> None:
-    """Same as `stream.remember`; `peaks` is in one piece."""
-    if peaks.device.type != "cpu":
-        return stream.remember(peaks, rates, blocks, estimate, selection, maxima)
-    known, capacity, chosen = estimate.shape[2], peaks.shape[3], selection.shape[2]
-    assert max(blocks, known) <= capacity and peaks.is_contiguous()
-    given, ids, found = estimate.contiguous(), selection.contiguous(), maxima.float().contiguous()
+def remember(
+    past: Tensor, rate: float, blocks: int, estimate: Tensor, weights: Tensor, distance: Tensor, selection: Tensor,
+    maxima: Tensor,
+) -> None:  # fmt: skip
+    """Same as `stream.remember`; `past` is in one piece."""
+    if past.device.type != "cpu":
+        return stream.remember(past, rate, blocks, estimate, weights, distance, selection, maxima)
+    known, capacity, chosen = estimate.shape[2], past.shape[3], selection.shape[2]
+    assert known <= blocks <= capacity and past.is_contiguous() and weights.shape[2] == WEIGHTS
+    given, own, far = estimate.contiguous(), weights.contiguous(), distance.contiguous()
+    ids, found = selection.contiguous(), maxima.float().contiguous()
     _shared_out(
-        _remember_heads, given.numel(), 0, peaks.shape[0] * peaks.shape[1], blocks, known, capacity, peaks.shape[2], chosen,
-        *(address(x, torch.float32) for x in (peaks, rates, given)), address(ids, torch.int64), address(found, torch.float32),
+        _remember_heads, 4 * given.numel(), 0, past.shape[0] * past.shape[1], blocks, known, capacity, chosen,
+        *(address(x, torch.float32) for x in (past, given, own, far)), address(ids, torch.int64), address(found, torch.float32),
+        round(rate / _RATE_UNIT),
     )  # fmt: skip
 
 

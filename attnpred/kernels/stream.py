@@ -3,6 +3,8 @@
 `attnpred.kernels.numba_stream` has the same functions in one pass each; they are bound by memory and by the number of calls.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,34 +12,36 @@ from attnpred.kernels.digest import FLOOR
 
 
 def weigh(
-    estimate: Tensor, peaks: Tensor, weights: Tensor, distance: Tensor, first: int, last: int, blocks: int
+    estimate: Tensor, past: Tensor, weights: Tensor, distance: Tensor, first: int, last: int, blocks: int
 ) -> Tensor:
-    """Return [B, Hs, blocks]: sums weighted with weights [Hs or 1, 2 + T] of blocks `first` to `last`, others zero.
+    """Return [B, Hs, blocks]: sums weighted with weights [B, Hs, 3 or more] of blocks `first` to `last`, others zero.
 
-    estimate [B, Hs, N]; peaks [B, Hs, T, capacity]; distance [last - first], the same for all heads.
+    estimate [B, Hs, N]; past [B, Hs, 1, capacity]; distance [last - first], the same for all heads.
     """
-    score = torch.nn.functional.pad(estimate[..., first:last] * weights[:, :1], (first, blocks - last))
+    score = torch.nn.functional.pad(estimate[..., first:last] * weights[..., :1], (first, blocks - last))
     inner = score[..., first:last]
-    for i in range(peaks.shape[2]):
-        inner.addcmul_(peaks[:, :, i, first:last], weights[:, 1 + i : 2 + i])
-    inner.addcmul_(distance, weights[:, -1:])
+    inner.addcmul_(past[:, :, 0, first:last], weights[..., 1:2])
+    inner.addcmul_(distance, weights[..., 2:3])
     return score
 
 
-def remember(peaks: Tensor, rates: Tensor, blocks: int, estimate: Tensor, selection: Tensor, maxima: Tensor) -> None:
-    """Let the first `blocks` of peaks [B, Hs, T, capacity] fade by rates [T], and raise them to what was just attended.
+def remember(
+    past: Tensor, rate: float, blocks: int, estimate: Tensor, weights: Tensor, distance: Tensor, selection: Tensor,
+    maxima: Tensor,
+) -> None:  # fmt: skip
+    """Bring one row into the logarithm of the average of the first `blocks` blocks, past [B, Hs, 1, capacity], in place.
 
-    That is log(maxima) [B, Hs, K] for the blocks of `selection` [B, Hs, K], -1 for none, and for others, as far as it
-    goes, estimate [B, Hs, N].
+    The row is maxima [B, Hs, K] for the blocks of `selection` [B, Hs, K], -1 for none. Of others it is their score, a
+    logarithm: with weights [B, Hs, 4] of estimate [B, Hs, N], average, distance [N] and one; the floor after block N.
     """
-    used = peaks[..., :blocks]
+    used, known = past[:, :, 0, :blocks], estimate.shape[2]
     # -1 only comes with left padding, where block 0 is padding too: what is written there is never looked at.
-    places = selection.clamp_min(0)[:, :, None].expand(-1, -1, peaks.shape[2], -1)
-    used.sub_(rates[:, None])
-    attended = torch.maximum(used.gather(3, places), torch.log(maxima).clamp_(min=FLOOR)[:, :, None])
-    known = used[..., : estimate.shape[-1]]
-    torch.maximum(known, estimate[:, :, None], out=known)
-    used.scatter_(3, places, attended)
+    row = torch.full_like(used, FLOOR)
+    row[..., :known] = weigh(estimate, past, weights, distance, 0, known, known)
+    row[..., :known] += weights[..., 3:]
+    row.clamp_(FLOOR, 0.0).scatter_(2, selection.clamp_min(0), torch.log(maxima).clamp_(min=FLOOR))
+    kept, gained = math.log(1 - rate), math.log(rate)
+    used.copy_(torch.logaddexp(used + kept, row + gained).clamp_(min=FLOOR))
 
 
 def choose(scores: Tensor, sinks: int, first_recent: int, blocks: int, free: int) -> Tensor:

@@ -114,73 +114,79 @@ def digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["first", "last", "blocks"])
 def _weigh(
-    estimate, peaks, weights, distance, out, first, last, blocks, estimate_batch, estimate_head,
-    peak_batch, peak_head, peak_rate, weight_head, weight_one,
-    HEADS: tl.constexpr, RATES: tl.constexpr, BLOCKS: tl.constexpr,
+    estimate, past, weights, distance, out, first, last, blocks, estimate_batch, estimate_head, past_batch, past_head,
+    HEADS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS of one head's blocks."""
     row = tl.program_id(0)
     batch, head = (row // HEADS).to(tl.int64), row % HEADS
     n = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     inner = (n >= first) & (n < last)
-    weights += head * weight_head
-    place = estimate + batch * estimate_batch + head * estimate_head + n
-    score = tl.load(place, mask=inner, other=0.0) * tl.load(weights)
-    place = peaks + batch * peak_batch + head * peak_head + n
-    for rate in tl.static_range(RATES):
-        score += tl.load(place + rate * peak_rate, mask=inner, other=0.0) * tl.load(weights + (1 + rate) * weight_one)
-    score += tl.load(distance + n - first, mask=inner, other=0.0) * tl.load(weights + (1 + RATES) * weight_one)
+    weights += row * 4
+    score = tl.load(estimate + batch * estimate_batch + head * estimate_head + n, mask=inner, other=0.0) * tl.load(
+        weights
+    )
+    score += tl.load(past + batch * past_batch + head * past_head + n, mask=inner, other=0.0) * tl.load(weights + 1)
+    score += tl.load(distance + n - first, mask=inner, other=0.0) * tl.load(weights + 2)
     tl.store(out + row.to(tl.int64) * blocks + n, score, mask=n < blocks)
 
 
 def weigh(
-    estimate: Tensor, peaks: Tensor, weights: Tensor, distance: Tensor, first: int, last: int, blocks: int
+    estimate: Tensor, past: Tensor, weights: Tensor, distance: Tensor, first: int, last: int, blocks: int
 ) -> Tensor:
-    """Same as `stream.weigh`; the last dimension of estimate, peaks and distance is in one piece."""
-    batch, heads, rates = peaks.shape[:3]
+    """Same as `stream.weigh`; the last dimension of estimate, past and distance is in one piece."""
+    batch, heads = past.shape[:2]
     out = torch.empty(batch, heads, blocks, device=estimate.device, dtype=torch.float32)
     with torch.cuda.device_of(estimate):
         _weigh[(batch * heads, ceil_div(blocks, BLOCKS_AT_ONCE))](
-            estimate, peaks, weights, distance, out, first, last, blocks, estimate.stride(0), estimate.stride(1),
-            *peaks.stride()[:3], weights.stride(0) if weights.shape[0] > 1 else 0, weights.stride(1),
-            heads, rates, BLOCKS_AT_ONCE, num_warps=4, enable_fp_fusion=True,
+            estimate, past, weights.contiguous(), distance, out, first, last, blocks, *estimate.stride()[:2],
+            *past.stride()[:2], heads, BLOCKS_AT_ONCE, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["blocks", "known", "chosen"])
 def _remember(
-    peaks, rates, estimate, ids, maxima, blocks, known, chosen, smallest,
-    floor, peak_batch, peak_head, peak_rate, estimate_batch, estimate_head,
+    past, rate, estimate, weights, distance, ids, maxima, blocks, known, chosen, smallest, floor,
+    past_batch, past_head, estimate_batch, estimate_head,
     HEADS: tl.constexpr, BLOCKS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS of one head's blocks and one rate of fading; of the selection, what lies among them."""
+    """BLOCKS of one head's blocks; of the selection, what lies among them."""
     row, begin = tl.program_id(0), tl.program_id(1) * BLOCKS
     batch, head = (row // HEADS).to(tl.int64), row % HEADS
-    peaks += batch * peak_batch + head * peak_head + tl.program_id(2) * peak_rate
-    rate = tl.load(rates + tl.program_id(2))
+    past += batch * past_batch + head * past_head
+    weights += row * 4
     k, n = tl.arange(0, CHOSEN), begin + tl.arange(0, BLOCKS)
     place = tl.maximum(tl.load(ids + row * chosen + k, mask=k < chosen, other=0), 0)  # -1: as in `stream.remember`
     mine = (k < chosen) & (place >= begin) & (place < begin + BLOCKS)
     true = tl.load(maxima + row * chosen + k, mask=mine, other=1.0)
     true = tl.maximum(tl.log(tl.maximum(true, smallest)), floor)
-    attended = tl.maximum(tl.load(peaks + place, mask=mine, other=0.0) - rate, true)
+    old = tl.load(past + place, mask=mine, other=0.0)
+    attended = tl.maximum(old + tl.log(1 - rate + rate * tl.exp(true - old)), floor)
     tl.debug_barrier()  # all of the selection's old values are read before any is changed
-    faded = tl.load(peaks + n, mask=n < blocks, other=0.0) - rate
-    place_known = estimate + batch * estimate_batch + head * estimate_head + n
-    estimated = tl.load(place_known, mask=n < known, other=float("-inf"))
-    tl.store(peaks + n, tl.maximum(faded, estimated), mask=n < blocks)
+    before = tl.load(past + n, mask=n < blocks, other=0.0)
+    inner = n < known
+    guess = tl.load(estimate + batch * estimate_batch + head * estimate_head + n, mask=inner, other=0.0) * tl.load(
+        weights
+    )
+    guess += before * tl.load(weights + 1) + tl.load(distance + n, mask=inner, other=0.0) * tl.load(weights + 2)
+    guess = tl.where(inner, tl.minimum(tl.maximum(guess + tl.load(weights + 3), floor), 0.0), floor)
+    guessed = tl.maximum(before + tl.log(1 - rate + rate * tl.exp(guess - before)), floor)
+    tl.store(past + n, guessed, mask=n < blocks)
     tl.debug_barrier()  # what was attended has the last word
-    tl.store(peaks + place, attended, mask=mine)
+    tl.store(past + place, attended, mask=mine)
 
 
-def remember(peaks: Tensor, rates: Tensor, blocks: int, estimate: Tensor, selection: Tensor, maxima: Tensor) -> None:
-    """Same as `stream.remember`, in place; the last dimension of peaks and estimate is in one piece."""
-    batch, heads, fading = peaks.shape[:3]
+def remember(
+    past: Tensor, rate: float, blocks: int, estimate: Tensor, weights: Tensor, distance: Tensor, selection: Tensor,
+    maxima: Tensor,
+) -> None:  # fmt: skip
+    """Same as `stream.remember`, in place; the last dimension of past and estimate is in one piece."""
+    batch, heads = past.shape[:2]
     chosen = selection.shape[2]
-    with torch.cuda.device_of(peaks):
-        _remember[(batch * heads, ceil_div(blocks, BLOCKS_AT_ONCE), fading)](
-            peaks, rates, estimate, selection.contiguous(), maxima.contiguous(), blocks, estimate.shape[-1], chosen,
-            SMALLEST, FLOOR, *peaks.stride()[:3], estimate.stride(0), estimate.stride(1),
+    with torch.cuda.device_of(past):
+        _remember[(batch * heads, ceil_div(blocks, BLOCKS_AT_ONCE))](
+            past, rate, estimate, weights.contiguous(), distance, selection.contiguous(), maxima.contiguous(), blocks,
+            estimate.shape[-1], chosen, SMALLEST, FLOOR, *past.stride()[:2], *estimate.stride()[:2],
             heads, BLOCKS_AT_ONCE, room(chosen), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

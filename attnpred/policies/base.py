@@ -6,13 +6,13 @@ remembers of a layer is a `Memory` that it makes, that the decode step owns and 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from attnpred.config import CacheConfig
+from attnpred.config import USUAL_BLOCK, CacheConfig
 from attnpred.policies.select import Zone
 from attnpred.predictor.memory import Memory, NoMemory
 
@@ -64,6 +64,8 @@ class Policy(ABC, Generic[M]):
     """A block whose score is -inf is not attended to, even where the budget has room for it."""
     is_dense: ClassVar[bool] = False
     """Every step attends to everything."""
+    granularity: ClassVar[int] = USUAL_BLOCK
+    """Tokens of a block that it chooses best by, unless the settings say otherwise."""
     evicts: ClassVar[bool] = False
     """What is not chosen is dropped for good: every choice is among what the last one has left."""
     keeps_decoded: ClassVar[bool] = False
@@ -76,6 +78,12 @@ class Policy(ABC, Generic[M]):
     def memory(self, config: CacheConfig, layer: int) -> Memory:
         """Return an empty memory for layer `layer` of the model."""
         return NoMemory()
+
+    def settle(self, config: CacheConfig) -> CacheConfig:
+        """Return `config` with the block size that suits the policy, where it says none. Raises `ConfigError`."""
+        if config.block_size:
+            return config
+        return replace(config, block_size=self.granularity if config.offload is None else USUAL_BLOCK)
 
     def leader(self, layer: int, layers: Sequence[int]) -> int:
         """Return the layer that chooses for `layer`: itself, or an earlier one, whose memory its own then follows.

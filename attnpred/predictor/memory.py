@@ -3,6 +3,7 @@
 The decode step owns a memory, feeds it, and keeps it consistent with the cache (`crop`, `select`, `repeat`, `clear`);
 the policy that made it reads it. It is fed in this order, once per token (a prompt feeds its last rows at once):
 
+    meet    the last queries of a dense call, of which the rows are pushed after its keys are sealed
     seal    keys of blocks that have just become full, the only keys a memory ever sees
     look    the query that attends next (before a selection that may use it) or that attended last (after it)
     push    the attention row of that query: what it put on the blocks it attended
@@ -150,6 +151,9 @@ class Memory(ABC):
         for name, part in self.parts().items():
             part.restore(inside(f"{name}.", state))
 
+    def meet(self, query: Tensor, scale: float) -> None:
+        """Take in the queries [B, Hq, R, D] whose rows are pushed next, and the scale of their logits."""
+
     def seal(self, keys: Tensor) -> None:
         """Take in the keys of newly filled blocks, [B, Hkv, whole blocks * P, D], in order."""
 
@@ -183,8 +187,8 @@ class Memory(ABC):
         """
         return None
 
-    def watch(self, query: Tensor, keys: Tensor, scale: float) -> None:
-        """Take in a dense call as a whole, query [B, Hq, Q, D] and all keys: for capture, nothing that decodes needs it."""
+    def watch(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
+        """Take in a dense call as a whole, query [B, Hq, Q, D], all keys and values: for capture alone."""
 
     def look_bytes(self) -> int:
         """Bytes that a `look` reads."""

@@ -14,7 +14,6 @@ from attnpred import checks
 from attnpred.errors import PredictorError
 from attnpred.predictor.cnn import PaperCNN, UnpaddedCNN
 from attnpred.predictor.seer_gate import SeerGate
-from attnpred.predictor.streaming import StreamingNetwork
 from attnpred.reading import parse_json
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -33,9 +32,8 @@ class PredictorConfig:
     kind: a name in `NETWORKS`. block_size: P of the rows it was trained on. history: H, likewise (it accepts any).
     base_model: the human name of the model. fingerprint: identifies that model's architecture, see `attnpred.capture`.
     trained_on: the data, in words. format: version of the files.
-    Of a streaming predictor: layers, the model's layers it has weights for, as "0 1 2", or nothing if all share one set;
-    heads: kv heads with weights of their own, or 1; head_dim: D and rank: r of its digests, 1 for plain mean keys.
-    Of a gate likewise, with group: query heads of a kv head, G; rank: r of its gate vectors.
+    Of a gate: layers, the model's layers it has weights for, as "0 1 2"; heads: kv heads; head_dim: D; group: query heads of
+    a kv head, G; rank: r of its gate vectors.
     """
 
     kind: str = "cnn"
@@ -100,9 +98,6 @@ class PredictorConfig:
 NETWORKS: dict[str, Callable[[PredictorConfig], nn.Module]] = {
     "cnn": lambda config: PaperCNN(),
     "cnn-unpadded": lambda config: UnpaddedCNN(),
-    "streaming": lambda config: StreamingNetwork(
-        max(1, len(config.layer_ids)), config.heads, config.head_dim, config.rank if config.rank > 1 else 0
-    ),
     "seer-gate": lambda config: SeerGate(
         max(1, len(config.layer_ids)), config.heads, config.group, config.head_dim, config.rank
     ),

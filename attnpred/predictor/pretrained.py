@@ -27,7 +27,6 @@ from attnpred.predictor.card import model_card
 from attnpred.predictor.cnn import PaperCNN
 from attnpred.predictor.predictor_config import CARD, CONFIG, HUB_ID, NETWORKS, WEIGHTS, PredictorConfig
 from attnpred.predictor.seer_gate import SeerGate
-from attnpred.predictor.streaming import StreamingNetwork
 from attnpred.reading import JSON_BYTES, read_text
 from attnpred.shapes import expect
 
@@ -61,12 +60,6 @@ class Predictor(nn.Module):
             return rows.new_ones((batch, heads, width), dtype=torch.float32)
         scores: Tensor = self.network(rows.reshape(batch * heads, history, width).float())
         return scores.view(batch, heads, width)
-
-    @property
-    def streaming(self) -> StreamingNetwork:
-        """The network of a streaming predictor."""
-        assert isinstance(self.network, StreamingNetwork)
-        return self.network
 
     @property
     def gate(self) -> SeerGate:
@@ -201,8 +194,6 @@ class Predictor(nn.Module):
                 wrong.append(f"{name} with values that are not finite floats")
             elif (most := float(tensor.abs().max())) > LARGEST:
                 wrong.append(f"{name} with values up to {most:.3g}, beyond {LARGEST:g}")
-            elif name == "vectors" and not set(tensor.flatten().tolist()) <= _divisors(self.config.block_size):
-                wrong.append(f"{name} with others than the divisors of block_size={self.config.block_size}")
         if wrong:
             more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
             expected = f"the {len(wanted)} tensors of kind {self.config.kind!r}"
@@ -233,17 +224,13 @@ def _bytes(tensor: Tensor) -> bytes:
 def _check_size(config: PredictorConfig, tensors: dict[str, Tensor], source: str) -> None:
     """Raise `PredictorError` unless there are as many numbers as the config claims: before memory is taken for them."""
     claimed = max(1, len(config.layer_ids)) * config.heads
-    if config.rank > 1 or config.kind == "seer-gate":
+    if config.kind == "seer-gate":
         claimed *= config.group * config.head_dim * config.rank
     held = sum(tensor.numel() for tensor in tensors.values())
     if held < claimed:
         raise PredictorError(
             f"got {source} with {held:,} numbers, expected at least the {claimed:,} of its config: train it again"
         )
-
-
-def _divisors(size: int) -> set[int]:
-    return {count for count in range(1, size + 1) if size % count == 0}
 
 
 def shipped() -> dict[str, Path]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnpred.predictor.digest_training import Edges
+from attnpred.predictor.edges import Edges
 from attnpred.predictor.seer_gate import GateMap
 
 LOG_EVERY = 200

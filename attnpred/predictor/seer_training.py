@@ -21,7 +21,7 @@ from attnpred.errors import ConfigError, TraceError
 from attnpred.files import make_folder, write_text
 from attnpred.predictor.block_truth import block_truth
 from attnpred.predictor.card import model_card
-from attnpred.predictor.digest_training import Edges
+from attnpred.predictor.edges import Edges
 from attnpred.predictor.predictor_config import CARD, PredictorConfig
 from attnpred.predictor.pretrained import Predictor
 from attnpred.predictor.seer_fitting import LOG_EVERY, GateSample, gate_loss, measured, train_gate

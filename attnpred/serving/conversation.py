@@ -34,7 +34,7 @@ class Conversation:
         self, reader: Reader, tokenizer: Any, document: str, policy: Policy[Any], settings: CacheConfig, limit: int
     ) -> None:
         self.reader, self.tokenizer, self.limit = reader, tokenizer, limit
-        self.policy, self.settings = policy, settings
+        self.policy, self.settings = policy, policy.settle(settings)
         self.turns = turns_of(tokenizer)
         self.document = self._ids(self.turns.opening(document), self.turns.is_plain)
         if document and len(self.document) > limit - SPARE:

@@ -53,6 +53,7 @@ class Reader:
         Raises `TierFullError` before it begins if there is no room for it.
         """
         config, tokens = self.model.config, torch.tensor([ids], device=self.model.device, dtype=torch.int64)
+        settings = policy.settle(settings)
         shares = settings.layer_groups is not None
         if len(ids) < self.short or shares or not is_carried(policy, settings):
             cache = TieredCache(config, policy=policy, settings=settings)

@@ -2,8 +2,7 @@
 
 Run `python -m recipes.predictors.run --books FOLDER --work FOLDER`. What is already captured is kept.
 
-demo: digests and weights of its own for every head of the demo LM. general: one set of weights for any model, plain mean
-keys. attention-predictor-cnn: the published network, trained as published (MSE on the next row); only with --cnn.
+attention-predictor-cnn: the published network, trained as published (MSE on the next row).
 """
 
 import argparse
@@ -14,7 +13,6 @@ from tqdm import tqdm
 
 from attnpred.capture import captured, trace_meta
 from attnpred.hf import DEMO_MODEL, load_model
-from attnpred.predictor.streaming_training import StreamingConfig, train_streaming
 from attnpred.predictor.traces import TraceWriter
 from attnpred.predictor.training import TrainConfig, train_predictor
 from recipes.demo_lm import corpus
@@ -47,23 +45,16 @@ def main() -> None:
     parser.add_argument("--books", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--texts", type=int, default=84)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--cnn", action="store_true")
     args = parser.parse_args()
     traces = args.work / "traces"
     write_traces("demo", args.books, traces, args.texts)
     # Sinks and recent window are the defaults of `attnpred.config.CacheConfig`.
     edges = {"sink_blocks": 1, "recent_blocks": 2}
-    print(train_streaming(traces, args.work / "demo", StreamingConfig(steps=args.steps, **edges)))
-    print(train_streaming(traces, args.work / "general", StreamingConfig(shared=True, **edges)))
-    names = ["demo", "general"]
-    if args.cnn:
-        print(train_predictor(traces, args.work / "attention-predictor-cnn", TrainConfig(**edges)))
-        names.append("attention-predictor-cnn")
-    for name in names:
-        (TARGET / name).mkdir(parents=True, exist_ok=True)
-        for file in ("model.safetensors", "config.json", "README.md"):
-            shutil.copyfile(args.work / name / file, TARGET / name / file)
+    made = args.work / "attention-predictor-cnn"
+    print(train_predictor(traces, made, TrainConfig(**edges)))
+    (TARGET / made.name).mkdir(parents=True, exist_ok=True)
+    for file in ("model.safetensors", "config.json", "README.md"):
+        shutil.copyfile(made / file, TARGET / made.name / file)
 
 
 if __name__ == "__main__":

@@ -254,7 +254,7 @@ def _files(good: Good, folder: Path) -> Iterator[Case]:
             yield Case(f"eval: the file of rows is {kind}", (*commands["eval"], "--out", file))
         yield Case(f"train: the folder of traces is {kind}", ("train", file, "--out", out))
         for what, name, others in (
-            ("traces", "traces.json", good.traces), ("predictor", "config.json", shipped()["demo"]), ("model", "config.json", DEMO_MODEL)
+            ("traces", "traces.json", good.traces), ("predictor", "config.json", shipped()["attention-predictor-cnn"]), ("model", "config.json", DEMO_MODEL)
         ):  # fmt: skip
             inside = place / f"{what}-{path.stem}"
             inside.mkdir()
@@ -311,9 +311,9 @@ def _rows(good: Good, folder: Path) -> Iterator[Case]:
     }.items():
         inside = folder / f"predictor-{name.replace(' ', '-')}"
         inside.mkdir()
-        config = json.loads((shipped()["demo"] / "config.json").read_text())
+        config = json.loads((shipped()["attention-predictor-cnn"] / "config.json").read_text())
         (inside / "config.json").write_text(json.dumps(config | change))
-        (inside / "model.safetensors").symlink_to(shipped()["demo"] / "model.safetensors")
+        (inside / "model.safetensors").symlink_to(shipped()["attention-predictor-cnn"] / "model.safetensors")
         yield Case(f"predictor: its sizes are {name}", (*good.commands["generate"], "--predictor", str(inside)), True)
     save_file({"true": torch.full((3, 4), float("nan"))}, folder / "nan.safetensors")
     yield Case(

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from attnpred import hf
 from attnpred.cli.main import main
-from attnpred.predictor import seer_training, streaming_training, training
+from attnpred.predictor import seer_training, training
 from benchmarks.options import Options
 from tests.cli.matrix import Case
 from tests.reliability.outcome import Outcome
@@ -39,7 +39,6 @@ def run_all(found: Iterable[Case]) -> list[Outcome]:
         stack.enter_context(patch.object(constants, "HF_HUB_OFFLINE", True))
         stack.enter_context(patch.object(training, "train_predictor", _reached))
         stack.enter_context(patch.object(seer_training, "train_seer", _reached))
-        stack.enter_context(patch.object(streaming_training, "train_streaming", _reached))
         stack.enter_context(patch.object(Options, "checked", _then_reached(Options.checked)))
         for case in found:
             outcome = outcomes.setdefault(case.arguments[0], Outcome(case.arguments[0]))

@@ -200,7 +200,12 @@ def test_by_itself_it_stays_within_what_the_model_was_made_for() -> None:
 def test_the_settings_keep_the_promised_compression(compression: float, calibration: int, dense_layers: int) -> None:
     """Dense layers read everything, a calibration row reads all keys; all told it is the share that was asked for."""
     config = CacheConfig(
-        budget=1.0, num_sink_tokens=16, recent_window=32, calibration_interval=calibration, dense_layers=dense_layers
+        budget=1.0,
+        block_size=16,
+        num_sink_tokens=16,
+        recent_window=32,
+        calibration_interval=calibration,
+        dense_layers=dense_layers,
     )
     settings = demo_settings(config, 4096, compression, 5)
     sparse = settings.budget / 4096 + (0.5 / calibration if calibration else 0)

@@ -175,7 +175,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--block-size", "24"],
         "got num_sink_tokens=16, expected a multiple of block_size=24",
     ),
-    "block size 0": (["--block-size", "0"], "got block_size=0, expected a whole number of at least 1"),
+    "block size -1": (["--block-size", "-1"], "got block_size=-1, expected a whole number of at least 0"),
     "unknown offload": (["--offload", "tape"], "got offload='tape', expected one of None, 'cpu', 'disk'"),
     "unknown numbers": (["--offload", "cpu", "--offload-dtype", "int3"], "got offload_dtype='int3', expected one of"),
     "numbers of nothing": (["--offload-dtype", "int8"], "got offload_dtype='int8' without offload"),

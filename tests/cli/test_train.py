@@ -33,4 +33,4 @@ def test_the_text_names_every_budget(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_an_unknown_kind_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     traces = written(tmp_path / "traces")
     assert main(["train", str(traces), "--out", str(tmp_path / "gate"), "--predictor", "seer"]) == 2
-    assert "got --predictor 'seer', expected streaming, general, cnn or seer-gate" in capsys.readouterr().err
+    assert "got --predictor 'seer', expected cnn or seer-gate" in capsys.readouterr().err

@@ -20,9 +20,7 @@ from attnpred.evaluation.variants import parse_variant
 from attnpred.hf import load_model
 from attnpred.policies import POLICIES, Ema, Oracle, Streaming
 from attnpred.policies.base import Policy
-from attnpred.predictor.block_truth import block_truth
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
-from attnpred.predictor.traces import Vectors
 from tests.models import prompt, tiny_model
 
 P, LAYERS, HEADS, GROUP, DIM, PROMPT, STEPS = 4, 2, 2, 2, 8, 3, 11
@@ -38,15 +36,14 @@ CONFIG = CacheConfig(
 )
 
 
-def document(seed: int = 0, length: int = 62, block_size: int = P, ends_strong: bool = False) -> Document:
+def document(seed: int = 0, length: int = 62, ends_strong: bool = False) -> Document:
     """Random queries and keys; if it ends strong, every query wants the last blocks most, those from token 48 on."""
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(LAYERS, HEADS * GROUP, PROMPT + STEPS, DIM, generator=generator)
     keys = torch.randn(LAYERS, HEADS, length, DIM, generator=generator)
     queries[..., 0], keys[..., 0] = 2.0, 6.0 * ends_strong * (torch.arange(length) >= 48)
-    vectors = Vectors(queries.half(), keys.half(), length - PROMPT - STEPS)
-    mass = block_truth(vectors, 0.7, block_size).mass.unflatten(0, (LAYERS, HEADS))
-    return Document("toy", f"toy-{seed}", vectors.queries, vectors.keys, mass, (0, 1), 0.7)
+    values = torch.randn(LAYERS, HEADS, length, DIM, generator=generator)
+    return Document("toy", f"toy-{seed}", queries.half(), keys.half(), values.half(), (0, 1), 0.7)
 
 
 def best_choice(mass: Tensor, first: int) -> tuple[list[float], list[float], list[float], list[float]]:
@@ -74,7 +71,7 @@ def test_the_oracle_is_a_loop_over_steps() -> None:
     for i, one in enumerate(documents):
         for layer in range(LAYERS):
             for head in range(HEADS):
-                kept, best, hits, new = best_choice(one.mass[layer, head], one.length - PROMPT - STEPS)
+                kept, best, hits, new = best_choice(one.mass(P)[layer, head].float(), one.length - PROMPT - STEPS)
                 place = i, layer, head
                 assert float(found.kept[place]) == pytest.approx(sum(kept) / STEPS, abs=1e-4)
                 assert float(found.best[place]) == pytest.approx(sum(best) / STEPS, abs=1e-4)
@@ -108,7 +105,7 @@ def test_no_policy_keeps_more_than_the_best_choice(name: str, late_share: float 
 
 def test_what_never_changes_has_no_churn() -> None:
     """Sinks and the newest tokens: the same blocks while one block fills up, one new block of six for each that opens."""
-    within = document(length=4 * 16, block_size=16)  # 14 rows inside the last block
+    within = document(length=4 * 16)  # 14 rows inside the last block
     config = CacheConfig(budget=3 * 16, block_size=16, num_sink_tokens=0, recent_window=16, history=PROMPT)
     assert (measure([within], Streaming(), config).new == 0).all()
     first = 62 - STEPS  # tokens before the first step; 52, 56 and 60 tokens fill a block
@@ -132,21 +129,20 @@ def test_documents_that_do_not_fit_are_one_line() -> None:
         assert "\n" not in str(caught.value)
 
     refused([document(), document(length=66)], CONFIG, "got documents of several lengths, expected one")
-    other = CacheConfig(budget=64, block_size=8, num_sink_tokens=0, recent_window=8, history=PROMPT)
-    refused([document()], other, "got block_size=8 and history=3 for documents of 16 blocks and 14 rows")
     longer = CacheConfig(budget=24, block_size=P, num_sink_tokens=0, recent_window=P, history=PROMPT + STEPS)
-    refused([document()], longer, "history=14 for documents of 16 blocks and 14 rows")
+    refused([document()], longer, "got history=14 for documents of 14 rows")
 
 
 def test_a_document_is_what_the_model_attended() -> None:
     """Mass is a group's sum, so a row adds up to the number of its query heads."""
-    found = read_document(tiny_model("llama"), prompt(1, 45), 9, "kind", "name", P)
+    found = read_document(tiny_model("llama"), prompt(1, 45), 9, "kind", "name")
     assert (found.kind, found.name, found.length, found.layer_ids) == ("kind", "name", 45, (0, 1, 2))
     assert found.queries.shape == (3, 4, 9, 8) and found.keys.shape == (3, 2, 45, 8)
-    assert found.mass.shape == (3, 2, 9, 12)
-    torch.testing.assert_close(found.mass.float().sum(-1), torch.full((3, 2, 9), 2.0), atol=5e-3, rtol=0)
+    mass = found.mass(P)
+    assert mass.shape == (3, 2, 9, 12) and found.values.shape == found.keys.shape
+    torch.testing.assert_close(mass.float().sum(-1), torch.full((3, 2, 9), 2.0), atol=5e-3, rtol=0)
     rows = captured(tiny_model("llama"), prompt(1, 45), 9, P).rows  # the largest token of a block, of the largest head
-    assert (found.mass >= rows - 2e-3).all() and (found.mass <= 2 * P * rows + 2e-3).all()
+    assert (mass >= rows - 2e-3).all() and (mass <= 2 * P * rows + 2e-3).all()
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12), st.integers(0, 3))
@@ -183,7 +179,7 @@ def test_a_word_names_a_policy_with_its_settings() -> None:
 
 
 def test_a_word_finds_a_predictor(tmp_path: Path) -> None:
-    Predictor(PredictorConfig("streaming", trained_on="a test")).save_pretrained(tmp_path)
+    Predictor(PredictorConfig("cnn", trained_on="a test")).save_pretrained(tmp_path)
     policy, own = parse_variant(f"predicted:predictor={tmp_path},late_share=0.5").make(None, CacheConfig())
     assert policy.predictor.config.trained_on == "a test" and own.late_share == 0.5
 

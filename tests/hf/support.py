@@ -74,7 +74,7 @@ def separators(policy: str) -> Policy[Any] | str:
 
 
 @cache
-def predictor(kind: str = "streaming") -> Predictor:
+def predictor(kind: str) -> Predictor:
     """Return a predictor that was never trained, for the blocks of `SMALL`, and if it is a gate, these models."""
     torch.manual_seed(0)
     sizes = {"group": 2, "head_dim": 8, "rank": 8} if kind == "seer-gate" else {}

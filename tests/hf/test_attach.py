@@ -28,10 +28,11 @@ import attnpred
 from attnpred.errors import ConfigError, NotSparseError, PredictorError, UnsupportedModelError
 from attnpred.hf import IMPLEMENTATION, TieredCache
 from attnpred.hf.argument import NAME, NAMES
-from attnpred.policies import Ema
+from attnpred.policies import Ema, Predicted
+from attnpred.policies.paper_cnn import PaperForecast
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.telemetry import NOT_ATTACHED
-from tests.hf.support import COVERING, SMALL, greedy, predictor
+from tests.hf.support import COVERING, SMALL, greedy
 from tests.models import BASE, prompt, tiny_model
 
 TOKENS = prompt(2, 100)
@@ -354,7 +355,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"block_size": 24},
         r"got num_sink_tokens=16, expected a multiple of block_size=24",
     ),
-    "block size 0": ({"block_size": 0}, r"got block_size=0, expected a whole number of at least 1"),
+    "block size below 0": ({"block_size": -1}, r"got block_size=-1, expected a whole number of at least 0"),
     "history 1.5": ({"history": 1.5}, r"got history=1.5, expected a whole number of at least 1"),
     "dense layers below 0": ({"dense_layers": -1}, r"got dense_layers=-1, expected a whole number of at least 0"),
 }
@@ -379,34 +380,29 @@ def test_a_predictor_that_is_not_there_is_refused(model: PreTrainedModel, tmp_pa
         attnpred.attach(model, predictor=tmp_path / "nothing")
 
 
-def test_a_predictor_of_another_model_is_used_with_one_warning(
-    model: PreTrainedModel, said: Callable[[], list[str]], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attnpred.hf.choose, "shipped", dict)
-    with pytest.raises(
-        ConfigError, match=r"got policy 'predicted' for llama \(.*expected a streaming predictor for it"
-    ):
-        attnpred.attach(model)
-    sizes = {"layers": "0 1", "heads": 2, "head_dim": 8, "rank": 4}
-    other = PredictorConfig("streaming", fingerprint="other-1-2-3-4", **sizes)
-    found = {
-        "cnn": Predictor(PredictorConfig("cnn")).save_pretrained(tmp_path / "cnn"),
-        "other": Predictor(other).save_pretrained(tmp_path / "other"),
-    }
-    monkeypatch.setattr(attnpred.hf.choose, "shipped", lambda: found)
-    with pytest.raises(
-        ConfigError, match=r"got policy 'predicted' for llama \(.*expected a streaming predictor for it"
-    ):
-        attnpred.attach(model)
-    found["general"] = Predictor(PredictorConfig("streaming")).save_pretrained(tmp_path / "general")
-    with attnpred.attach(model, budget=160):
-        greedy(model, prompt(1, 170), 2)
-    assert len(said()) == 1 and "no predictor was trained for this llama model: using the general one" in said()[0]
-    ours = PredictorConfig("streaming", fingerprint=attnpred.hf.fingerprint(model.config), **sizes)
-    found["ours"] = Predictor(ours).save_pretrained(tmp_path / "ours")
+def test_predicted_needs_no_predictor_and_takes_a_published_one(model: PreTrainedModel, tmp_path: Any) -> None:
+    folder = Predictor(PredictorConfig("cnn")).save_pretrained(tmp_path / "cnn")
     with attnpred.attach(model) as attached:
-        assert attached.new_cache().policy.predictor.config == ours
-    assert len(said()) == 1
+        assert attached.new_cache().policy == Predicted()
+    with attnpred.attach(model, predictor=folder) as attached:
+        assert type(attached.new_cache().policy) is PaperForecast
+    with pytest.raises(ConfigError, match="got a predictor of kind 'seer-gate' for policy 'predicted', expected 'cnn'"):
+        attnpred.attach(model, predictor="seer-demo")
+
+
+def test_a_block_size_that_is_not_given_suits_the_policy(model: PreTrainedModel, tmp_path: Any) -> None:
+    where = {"offload": "disk", "offload_dir": tmp_path}
+    for policy, settings, want in (
+        ("predicted", {}, 4),
+        ("ema", {}, 16),
+        ("predicted", where, 16),
+        ("predicted", where | {"block_size": 8}, 8),
+        ("quest", {"block_size": 4}, 4),
+    ):
+        with attnpred.attach(model, policy=policy, **settings) as attached, attached.new_cache() as cache:
+            assert cache.settings.block_size == want
+    with pytest.raises(ConfigError, match="got num_sink_tokens=4, expected a multiple of block_size=16"):
+        attnpred.attach(model, policy="ema", num_sink_tokens=4)
 
 
 def test_budget_and_overrides_go_before_the_config(model: PreTrainedModel) -> None:
@@ -431,7 +427,7 @@ def test_two_models_generate_in_two_threads_what_each_gives_alone() -> None:
 
     with (
         attnpred.attach(models["llama"], policy="ema", config=SMALL) as first,
-        attnpred.attach(models["qwen3"], policy="predicted", config=SMALL, predictor=predictor()) as second,
+        attnpred.attach(models["qwen3"], policy="predicted", config=SMALL) as second,
     ):
         alone = {family: [greedy(models[family], prompt(1, 90, seed), 16) for seed in range(4)] for family in families}
         threads = [threading.Thread(target=work, args=(family,)) for family in families]

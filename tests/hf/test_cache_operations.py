@@ -23,7 +23,7 @@ from attnpred.errors import ConfigError, NotSparseError
 from attnpred.hf import TieredCache, cache_argument
 from attnpred.policies import Predicted
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
-from tests.hf.support import COVERING, SMALL, offloaded, predictor
+from tests.hf.support import COVERING, SMALL, offloaded
 from tests.models import prompt, tiny_model
 
 Operation = tuple[str, Any]
@@ -161,12 +161,12 @@ def assert_alike(
 @FEW
 def test_over_everything_it_equals_a_dynamic_cache(operations: list[Operation], first: int) -> None:
     model = tiny_model("llama")
-    with attnpred.attach(model, policy=Predicted(predictor()), config=COVERING) as attached:
+    with attnpred.attach(model, policy=Predicted(), config=COVERING) as attached:
         cache = attached.new_cache()
         # Stock attention functions know nothing of the cache, so an attached model may run both.
         assert_alike((Batch(model, cache), Stock(model)), operations, first)
     layer = cache.stats()["layers"][0]
-    assert layer["sparse_steps"] == layer["steps"] >= 2
+    assert layer["sparse_steps"] == layer["steps"]
 
 
 @pytest.mark.parametrize("policy", ["ema", "oracle", "predicted"])
@@ -174,7 +174,7 @@ def test_over_everything_it_equals_a_dynamic_cache(operations: list[Operation], 
 @FEW
 def test_below_the_budget_a_batch_equals_its_rows(policy: str, operations: list[Operation], first: int) -> None:
     model = tiny_model("llama")
-    with attnpred.attach(model, policy=policy, config=SMALL, predictor=predictor()) as attached:
+    with attnpred.attach(model, policy=policy, config=SMALL) as attached:
         cache = attached.new_cache()
         assert_alike((Batch(model, cache), Alone(model, attached.new_cache(), 2)), operations, first)
 
@@ -188,7 +188,7 @@ def test_with_a_slow_tier_it_equals_one_without(
     policy: str, offload: str, alone: bool, folder: Path, operations: list[Operation], first: int
 ) -> None:
     """In all bits. Rows alone are forks, which share blocks in the tier; with others they differ by rounding errors."""
-    model, how = tiny_model("llama"), {"policy": policy, "predictor": predictor()}
+    model, how = tiny_model("llama"), {"policy": policy, "predictor": None}
     stock = attnpred.TieredCache(model.config, settings=SMALL, **how)
     with attnpred.attach(model, config=offloaded(SMALL, offload, folder), **how) as attached:
         cache = attached.new_cache()

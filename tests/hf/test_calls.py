@@ -290,7 +290,7 @@ def everything(model: PreTrainedModel, folder: Path) -> None:
     settings = replace(SMALL, block_size=16, num_sink_tokens=16, recent_window=16, offload="disk", offload_dir=folder)
     TieredCache(model.config)
     Predictor()
-    for name in ("demo", "general", "attention-predictor-cnn"):
+    for name in (None, "attention-predictor-cnn"):
         attnpred.attach(model, predictor=name).detach()
     for policy in ("predicted", "subgen", "hip", "sepllm", "h2o"):
         chosen = SepLLM(tuple(range(3, 20)), most=12, neighbours=24) if policy == "sepllm" else policy

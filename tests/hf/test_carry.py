@@ -11,7 +11,7 @@ import attnpred
 from attnpred.errors import ConfigError
 from attnpred.hf import TieredCache, carry_over
 from attnpred.policies import POLICIES
-from tests.hf.support import SMALL, offloaded, predictor, separators
+from tests.hf.support import SMALL, offloaded, separators
 from tests.models import prompt, tiny_model
 
 TEXT, LAST = prompt(1, 112), prompt(1, SMALL.history, 1)
@@ -59,7 +59,7 @@ def test_blocks_may_lie_elsewhere_and_layers_may_slide(family: str, offload: str
     text = read_once(model)
     settings = offloaded(SMALL, offload, tmp_path)
     with (
-        attnpred.attach(model, policy="predicted", config=settings, predictor=predictor()) as handle,
+        attnpred.attach(model, policy="predicted", config=settings) as handle,
         handle.new_cache() as own,
         handle.new_cache() as carried,
     ):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import attnpred
 from attnpred.hf import TieredCache
 from attnpred.store.tiered import TieredStore
-from tests.hf.support import SMALL, offloaded, predictor
+from tests.hf.support import SMALL, offloaded
 from tests.models import prompt, tiny_model
 
 OFFLOADS = (None, "cpu", "disk")
@@ -39,9 +39,7 @@ def slow_bytes(cache: TieredCache) -> int:
 @pytest.mark.parametrize("policy", ["predicted", "ema"])
 def test_each_branch_equals_a_run_of_its_own(policy: str, offload: str | None, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    with attnpred.attach(
-        model, policy=policy, config=offloaded(SMALL, offload, tmp_path), predictor=predictor()
-    ) as handle:
+    with attnpred.attach(model, policy=policy, config=offloaded(SMALL, offload, tmp_path)) as handle:
         wanted = []
         for question in QUESTIONS:
             with handle.new_cache() as cache:

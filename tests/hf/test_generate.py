@@ -20,7 +20,7 @@ from attnpred.hf import cache_argument
 from attnpred.policies import Policy, Predicted
 from attnpred.store.pool import BlockPool
 from attnpred.telemetry import SEVERAL
-from tests.hf.support import COVERING, SMALL, WHOLE, greedy, left_padded, predictor, text_of, tokenizer
+from tests.hf.support import COVERING, SMALL, WHOLE, greedy, left_padded, text_of, tokenizer
 from tests.models import prompt, tiny_model
 
 NEW = 14
@@ -150,7 +150,7 @@ def test_feature_gives_what_stock_generate_gives(family: str, feature: Callable[
         pytest.skip("this transformers has no drafts by models with sliding layers")
     assert len(str(stock)) > 30
     for mode, (policy, settings) in MODES.items():
-        with attnpred.attach(model, policy=policy, config=settings, predictor=predictor()) as attached:
+        with attnpred.attach(model, policy=policy, config=settings) as attached:
             got = feature(model, attached.new_cache)
         total = attached.stats()["total"]
         assert got == stock, mode
@@ -214,7 +214,7 @@ POLICIES: dict[str, Policy | str] = {
     "oracle": "oracle",
     "ema": "ema",
     "streaming": "streaming",
-    "predicted": Predicted(predictor()),
+    "predicted": Predicted(),
 }
 
 

@@ -268,7 +268,7 @@ def logits(cache: TieredCache, trouble: Callable[[], object] = lambda: None) -> 
 
 @cache
 def untroubled() -> Tensor:
-    with new_cache("predicted", SMALL) as cache:
+    with new_cache("quest", SMALL) as cache:
         return logits(cache)
 
 
@@ -309,7 +309,7 @@ class Troubled:
 def troubled(offload: str, folder: Path, tiers: list[FakeTier]) -> Iterator[Troubled]:
     untroubled()
     config = replace(offloaded(SMALL, offload, folder), fetch_timeout=TIMEOUT)
-    with attnpred.attach(tiny_model("llama"), policy=chosen("predicted"), config=config) as attached:
+    with attnpred.attach(tiny_model("llama"), policy=chosen("quest"), config=config) as attached:
         yield Troubled(attached, tiers)
 
 

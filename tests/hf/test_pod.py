@@ -25,7 +25,7 @@ from attnpred.predictor.layer_groups import LayerGroups
 from attnpred.store import shared
 from attnpred.store.pool import BlockPool
 from attnpred.store.shared import SharedPool
-from tests.hf.support import COVERING, SMALL, greedy, greedy_logits, left_padded, predictor, separators
+from tests.hf.support import COVERING, SMALL, greedy, greedy_logits, left_padded, separators
 from tests.models import prompt, tiny_model
 
 Groups = tuple[tuple[tuple[int, ...], ...], ...]
@@ -314,7 +314,7 @@ def test_distant_keys_are_held_once_and_the_rest_is_freed(write: Callable[..., s
 def test_any_policy_can_select_in_a_cache_that_shares(write: Callable[..., str], naive: Callable[..., None]) -> None:
     model, tokens = tiny_model("llama"), prompt(2, 70)
     config = replace(COVERING, layer_groups=write(model), own_sinks=6, own_recent=10)
-    chosen = Predicted(predictor())
+    chosen = Predicted()
     with attnpred.attach(model, policy="pod", config=config):
         want, logits = greedy_logits(model, tokens, 10)
     with attnpred.attach(model, policy=chosen, config=config) as attached:
@@ -340,7 +340,7 @@ EVICTING = [name for name, policy in POLICIES.items() if policy.evicts]
 @pytest.mark.parametrize("name", ["snapkv", "streaming", "predicted"])
 def test_with_room_for_everything_it_is_pod(name: str, write: Callable[..., str]) -> None:
     model, tokens = tiny_model("llama"), prompt(2, 70)
-    chosen: Any = Predicted(predictor()) if name == "predicted" else name
+    chosen: Any = Predicted() if name == "predicted" else name
     config = settings_of(write(model), budget=200)
     with attnpred.attach(model, policy="pod", config=config):
         want, logits = greedy_logits(model, tokens, 10)
@@ -434,7 +434,7 @@ def test_after_eviction_it_equals_the_naive_implementation(
 @pytest.mark.parametrize("name", ["snapkv", "predicted"])
 def test_near_tokens_are_always_attended_to(name: str, write: Callable[..., str]) -> None:
     model, tokens = tiny_model("llama"), prompt(1, 120)
-    chosen: Any = Predicted(predictor()) if name == "predicted" else name
+    chosen: Any = Predicted() if name == "predicted" else name
     config = replace(SMALL, layer_groups=write(model), own_sinks=11, own_recent=21)
     with attnpred.attach(model, policy=chosen, config=config) as attached:
         cache = attached.new_cache()

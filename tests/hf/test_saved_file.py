@@ -24,10 +24,10 @@ from attnpred.config import CacheConfig
 from attnpred.errors import AttnpredError, CacheFileError, ConfigError, ShapeError, StoreError, TierFullError
 from attnpred.hf import TieredCache, header, saving
 from attnpred.policies.base import Policy, View
-from attnpred.predictor.pretrained import Predictor, PredictorConfig
+from attnpred.predictor.pretrained import Predictor
 from attnpred.store import safetensors_file
-from tests.hf.saved import CNN, LENGTH, attached, load, logits, saved, singles, small_model
-from tests.hf.support import SMALL
+from tests.hf.saved import LENGTH, attached, load, logits, saved, singles, small_model
+from tests.hf.support import SMALL, predictor
 from tests.models import prompt, tiny_model
 
 # The file
@@ -182,16 +182,15 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_predictor_must_be_the_same(tmp_path: Path) -> None:
-    with attached("predicted"):
-        saved(tmp_path / "a.kv", "predicted")
+    with attached("seer"):
+        saved(tmp_path / "a.kv", "seer")
     model = tiny_model("llama")
-    other = Predictor(PredictorConfig(kind="streaming", block_size=4))
+    other = Predictor(predictor("seer-gate").config)
     with torch.no_grad():
-        other.streaming.forecast.add_(1)
+        next(iter(other.parameters())).add_(1)
     for given, message in (
         (None, "a predictor that does not come with attnpred, expected it: pass predictor="),
         (other, "got a policy or predictor other than .* was saved with"),
-        (CNN, "got a policy or predictor other than .* was saved with"),
     ):
         with pytest.raises(CacheFileError, match=message):
             TieredCache.load(tmp_path / "a.kv", model, predictor=given)
@@ -200,7 +199,7 @@ def test_the_predictor_must_be_the_same(tmp_path: Path) -> None:
 def test_a_shipped_predictor_is_found_again(tmp_path: Path) -> None:
     model = tiny_model("llama")
     settings = replace(SMALL, block_size=16, num_sink_tokens=16, recent_window=16, budget=80)
-    for name in ("general", "attention-predictor-cnn"):
+    for name in (None, "attention-predictor-cnn"):
         with attnpred.attach(model, policy="predicted", config=settings, predictor=name) as handle:
             cache = handle.new_cache()
             logits(cache, prompt(1, 150), *singles(2, 1))

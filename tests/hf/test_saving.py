@@ -16,7 +16,7 @@ from attnpred.errors import CacheFileError, ConfigError, ShapeError
 from attnpred.hf import TieredCache
 from attnpred.policies import POLICIES
 from tests.hf.saved import LENGTH, OFFLOADS, attached, load, logits, saved, singles, small_model
-from tests.hf.support import SMALL, left_padded, offloaded, predictor
+from tests.hf.support import SMALL, left_padded, offloaded
 from tests.models import prompt, tiny_model
 
 # Going on
@@ -66,7 +66,7 @@ def test_other_layers_go_on_as_well(family: str, offload: str | None, tmp_path: 
         cache = handle.new_cache()
         logits(cache, tokens, *singles(2, seed=10), mask=mask, family=family)
         cache.save(tmp_path / "a.kv")
-        loaded = TieredCache.load(tmp_path / "a.kv", tiny_model(family), predictor=predictor())
+        loaded = TieredCache.load(tmp_path / "a.kv", tiny_model(family))
         mask = torch.cat((mask, torch.ones(2, 2, dtype=mask.dtype)), 1)
         want = logits(cache, *singles(6), mask=mask, family=family)
         assert torch.equal(logits(loaded, *singles(6), mask=mask, family=family), want)
@@ -215,7 +215,7 @@ def test_a_prefix_is_not_computed_again(offload: str | None, tmp_path: Path) -> 
         asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
         want = model.generate(ids, **asked)
         with attached("predicted", whole):
-            cache = TieredCache.load(path, model, prefix=ids, predictor=predictor(), offload_dir=whole.offload_dir)
+            cache = TieredCache.load(path, model, prefix=ids, offload_dir=whole.offload_dir)
             assert cache.get_seq_length() == kept
             fed.clear()
             assert torch.equal(model.generate(ids, cache=cache, **asked), want)

@@ -36,17 +36,8 @@ def run(model: PreTrainedModel, policy: Policy[Any], settings: CacheConfig, batc
     return cache
 
 
-def trained() -> Predictor:
-    """Return a predictor with digests of its own: one head keeps a mean per block, the other every token."""
-    config = PredictorConfig(kind="streaming", block_size=4, layers="0 1 2", heads=2, head_dim=8, rank=4)
-    made = Predictor(config).eval()
-    made.streaming.vectors.data[:] = torch.tensor([1.0, 4.0])
-    return made
-
-
 CHOICES: dict[str, Any] = {
-    "predicted": lambda: Predicted(predictor()),
-    "trained": lambda: Predicted(trained()),
+    "predicted": Predicted,
     "seer": lambda: Seer(predictor("seer-gate")),
     "cnn": lambda: PaperForecast(Predictor(PredictorConfig(kind="cnn", block_size=4)).eval()),
     **{name: POLICIES[name] for name in ("ema", "h2o", "last_step", "quest", "mean_key", "oracle", "streaming")},
@@ -140,7 +131,7 @@ LLAMA_1B = LlamaConfig(
 )
 def test_a_long_context_takes_a_tenth_of_fast_memory(offload: str, dense_layers: int, tokens: int, least: int) -> None:
     settings = CacheConfig(budget=1 / 13, offload=offload, dense_layers=dense_layers)
-    policy = make_policy("predicted", "general", LLAMA_1B, settings)
+    policy = make_policy("predicted", None, LLAMA_1B, settings)
     found = estimate_for(LLAMA_1B, settings, policy, torch.bfloat16, tokens)
     assert found.full == tokens * 16 * 8 * 64 * 2 * 2
     assert least <= found.full / found.fast < 13

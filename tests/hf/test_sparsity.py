@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import attnpred
 from attnpred.hf import TieredCache
 from attnpred.policies import Predicted
-from tests.hf.support import COVERING, SMALL, greedy, left_padded, predictor
+from tests.hf.support import COVERING, SMALL, greedy, left_padded
 from tests.models import prompt, tiny_model
 
 NO_CALIBRATION = replace(SMALL, calibration_interval=0, late_share=0)
@@ -26,7 +26,7 @@ POLICIES = ["last_step", "ema", "predicted"]
 
 def after_prompt(model: PreTrainedModel, policy: str, settings: attnpred.CacheConfig, batch: int = 2) -> TieredCache:
     """Return a cache, of the attached `model`, that has seen a prompt of 101 tokens."""
-    chosen = Predicted(predictor()) if policy == "predicted" else policy
+    chosen = Predicted() if policy == "predicted" else policy
     cache = TieredCache(model.config, policy=chosen, settings=settings)
     model(prompt(batch, 101), cache=cache)
     return cache
@@ -163,7 +163,7 @@ def test_no_token_depends_on_fresh_memory(
 
     def run() -> list[Tensor]:
         found = []
-        for policy in ("ema", Predicted(predictor())):
+        for policy in ("ema", Predicted()):
             with attnpred.attach(model, policy=policy, config=settings):
                 found.append(greedy(model, tokens, 12, attention_mask=mask))
         return found

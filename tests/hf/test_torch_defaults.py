@@ -57,16 +57,12 @@ def test_a_slow_tier_and_a_file(policy: str, setting: str | torch.dtype, tmp_pat
                 first = greedy(model, TOKENS[:1], NEW, cache=cache)
                 cache.save(tmp_path / "a.kv")
                 second = greedy(model, first, NEW, cache=cache)
-            with attnpred.TieredCache.load(tmp_path / "a.kv", model, predictor=_predictor(policy)) as loaded:
+            with attnpred.TieredCache.load(tmp_path / "a.kv", model) as loaded:
                 assert torch.equal(greedy(model, first, NEW, cache=loaded), second)
 
 
-def _predictor(policy: str) -> Predictor | None:
-    return predictor() if policy == "predicted" else None
-
-
 @pytest.mark.parametrize("setting", ["meta", torch.float64])
-@pytest.mark.parametrize("kind", ["streaming", "cnn", "seer-gate"])
+@pytest.mark.parametrize("kind", ["cnn", "seer-gate"])
 def test_a_predictor_is_made_saved_and_loaded(kind: str, setting: str | torch.dtype, tmp_path: Path) -> None:
     sizes = {"group": 2, "head_dim": 8, "rank": 8} if kind == "seer-gate" else {}
     with default(setting):

@@ -1,5 +1,7 @@
 """`weigh`, `remember` and `choose`: the numba backend against torch, which is short enough to read."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,46 +9,59 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpred.kernels import DIGEST, STREAM_BACKENDS
+from attnpred.kernels.digest import FLOOR
 
 SLOW, FAST = STREAM_BACKENDS["torch"], STREAM_BACKENDS["numba"]
 
 pytestmark = pytest.mark.skipif(DIGEST != "numba", reason="numba is not installed")
 
 
-def memory(batch: int, heads: int, blocks: int, room: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return an estimate and peaks with room for more; what is not in use is NaN."""
+def memory(batch: int, heads: int, blocks: int, room: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an estimate, a past with room for more, and weights; what is not in use is NaN."""
     generator = torch.Generator().manual_seed(seed)
     estimate = torch.randn(batch, heads, blocks, generator=generator) * 3 - 5
-    peaks = torch.full((batch, heads, 2, blocks + room), torch.nan)
-    peaks[..., : blocks + 1] = torch.randn(batch, heads, 2, blocks + 1, generator=generator) * 3 - 5
-    return estimate, peaks
+    past = torch.full((batch, heads, 1, blocks + room), torch.nan)
+    past[..., : blocks + 1] = (torch.randn(batch, heads, 1, blocks + 1, generator=generator) * 3 - 5).clamp(FLOOR, 0)
+    return estimate, past, torch.randn(batch, heads, 4, generator=generator)
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 90), st.booleans(), st.integers(0, 99), st.data())
-def test_weigh(batch: int, heads: int, blocks: int, shared: bool, seed: int, data: st.DataObject) -> None:
-    estimate, peaks = memory(batch, heads, blocks, 5, seed)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 90), st.integers(0, 99), st.data())
+def test_weigh(batch: int, heads: int, blocks: int, seed: int, data: st.DataObject) -> None:
+    estimate, past, weights = memory(batch, heads, blocks, 5, seed)
     first = data.draw(st.integers(0, blocks))
     last = data.draw(st.integers(first, blocks))
-    weights, distance = torch.randn(1 if shared else heads, 4), torch.rand(last - first)
-    arguments = estimate, peaks, weights, distance, first, last, blocks + 2
+    arguments = estimate, past, weights, torch.rand(last - first), first, last, blocks + 2
     got = FAST["weigh"](*arguments)
-    torch.testing.assert_close(got, SLOW["weigh"](*arguments))
+    torch.testing.assert_close(got, SLOW["weigh"](*arguments), atol=1e-5, rtol=1e-5)
     assert not got[..., :first].any() and not got[..., last:].any()
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 90), st.integers(0, 99), st.data())
 def test_remember(batch: int, heads: int, blocks: int, seed: int, data: st.DataObject) -> None:
-    estimate, peaks = memory(batch, heads, blocks, 5, seed)
+    estimate, past, weights = memory(batch, heads, blocks, 5, seed)
     chosen = data.draw(st.integers(1, blocks))
     selection = torch.stack([torch.randperm(blocks + 1)[:chosen] for _ in range(batch * heads)]).view(batch, heads, -1)
     maxima = torch.rand(batch, heads, chosen) ** 20
     maxima[..., 0] = 0
-    got, want = peaks.clone(), peaks.clone()
-    FAST["remember"](got, torch.tensor([0.02, 0.1]), blocks + 1, estimate, selection, maxima)
-    SLOW["remember"](want, torch.tensor([0.02, 0.1]), blocks + 1, estimate, selection, maxima)
-    torch.testing.assert_close(got, want, equal_nan=True)
+    got, want, distance = past.clone(), past.clone(), torch.rand(blocks)
+    FAST["remember"](got, 0.03, blocks + 1, estimate, weights, distance, selection, maxima)
+    SLOW["remember"](want, 0.03, blocks + 1, estimate, weights, distance, selection, maxima)
+    torch.testing.assert_close(got, want, equal_nan=True, atol=2e-4, rtol=1e-5)
+
+
+def test_remember_averages_what_was_attended_and_what_was_guessed() -> None:
+    """Against the words of it, number by number: two blocks attended, one guessed, one that no digest knows."""
+    rate, past = 0.25, torch.tensor([0.5, 0.1, 0.2, 0.01]).log().view(1, 1, 1, 4)
+    estimate, weights = torch.tensor([[[-1.0, -2.0, -3.0]]]), torch.tensor([[[0.5, 0.25, 1.0, -0.1]]])
+    distance, selection, maxima = torch.tensor([1.5, 1.0, 0.0]), torch.tensor([[[0, 1]]]), torch.tensor([[[0.6, 0.3]]])
+    guessed = math.exp(0.5 * -3.0 + 0.25 * math.log(0.2) + 1.0 * 0.0 - 0.1)
+    want = [0.75 * 0.5 + 0.25 * 0.6, 0.75 * 0.1 + 0.25 * 0.3, 0.75 * 0.2 + 0.25 * guessed, 0.75 * 0.01]
+    for backend in (FAST, SLOW):
+        got = past.clone()
+        backend["remember"](got, rate, 4, estimate, weights, distance, selection, maxima)
+        assert got.exp().flatten().tolist() == pytest.approx(want, rel=1e-4)
 
 
 @settings(deadline=None, max_examples=80)
@@ -79,8 +94,8 @@ def test_same_result_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) 
     from attnpred.kernels import numba_stream
 
     monkeypatch.setattr(numba_stream, "_PAYS", 0)
-    estimate, peaks = memory(1, 5, 700, 5, 0)
-    arguments = estimate, peaks, torch.randn(5, 4), torch.rand(690), 4, 694, 700
+    estimate, past, weights = memory(1, 5, 700, 5, 0)
+    arguments = estimate, past, weights, torch.rand(690), 4, 694, 700
     before, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

@@ -224,42 +224,42 @@ def test_digest_shares_equal_the_reference(
     assert not blocks or (got - want).abs().max() <= slack
 
 
-def memory(batch: int, heads: int, blocks: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return an estimate of `blocks` and peaks of one more; what is not in use is NaN."""
+def memory(batch: int, heads: int, blocks: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an estimate, a past that is a part of something larger, and weights; what is not in use is NaN."""
     generator = torch.Generator().manual_seed(seed)
     estimate = torch.randn(batch, heads, blocks, generator=generator) * 3 - 5
-    peaks = torch.full((batch, heads, 2, blocks + 6), torch.nan)
-    peaks[..., : blocks + 1] = torch.randn(batch, heads, 2, blocks + 1, generator=generator) * 3 - 5
-    return estimate, peaks
+    past = torch.full((batch, heads, 1, blocks + 5), torch.nan)
+    past[..., : blocks + 1] = torch.randn(batch, heads, 1, blocks + 1, generator=generator).clamp(-2, 2) * 3 - 7
+    return estimate, past, torch.randn(batch, heads, 4, generator=generator)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 50), st.booleans(), st.integers(0, 99), st.data())
-def test_weigh(batch: int, heads: int, blocks: int, shared: bool, seed: int, data: st.DataObject) -> None:
-    estimate, peaks = memory(batch, heads, blocks, seed)
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 50), st.integers(0, 99), st.data())
+def test_weigh(batch: int, heads: int, blocks: int, seed: int, data: st.DataObject) -> None:
+    estimate, past, weights = memory(batch, heads, blocks, seed)
     first = data.draw(st.integers(0, blocks))
     last = data.draw(st.integers(first, blocks))
-    weights, distance = torch.randn(1 if shared else heads, 4), torch.rand(last - first + 2)[2:]
+    arguments = estimate, past, weights, torch.rand(last - first + 2)[2:], first, last, blocks + 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_select, "BLOCKS_AT_ONCE", 16)
-        got = on_device(triton_select.weigh, estimate, peaks, weights, distance, first, last, blocks + 2)
-    torch.testing.assert_close(got, stream.weigh(estimate, peaks, weights, distance, first, last, blocks + 2))
+        got = on_device(triton_select.weigh, *arguments)
+    torch.testing.assert_close(got, stream.weigh(*arguments))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 50), st.booleans(), st.integers(0, 99), st.data())
 def test_remember(batch: int, heads: int, blocks: int, padded: bool, seed: int, data: st.DataObject) -> None:
-    estimate, peaks = memory(batch, heads, blocks, seed)
+    estimate, past, weights = memory(batch, heads, blocks, seed)
     chosen = data.draw(st.integers(1, blocks))
     selection = torch.stack([torch.randperm(blocks + 1)[:chosen] for _ in range(batch * heads)]).view(batch, heads, -1)
     maxima = torch.rand(batch, heads, chosen) ** 20
     maxima[..., 0] = 0
     if padded:
         selection[..., 0], selection[..., 1:][selection[..., 1:] == 0] = -1, -1
-    want, got, rates = peaks.clone(), peaks.to(DEVICE, copy=True), torch.tensor([0.02, 0.1])
+    want, got, distance = past.clone(), past.to(DEVICE, copy=True), torch.rand(blocks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_select, "BLOCKS_AT_ONCE", 16)
-        on_device(triton_select.remember, got, rates, blocks + 1, estimate, selection, maxima)
-    stream.remember(want, rates, blocks + 1, estimate, selection, maxima)
+        on_device(triton_select.remember, got, 0.03, blocks + 1, estimate, weights, distance, selection, maxima)
+    stream.remember(want, 0.03, blocks + 1, estimate, weights, distance, selection, maxima)
     first = 1 if padded else 0  # where -1 writes is never looked at
-    torch.testing.assert_close(got.cpu()[..., first:], want[..., first:], equal_nan=True)
+    torch.testing.assert_close(got.cpu()[..., first:], want[..., first:], equal_nan=True, atol=1e-4, rtol=1e-4)

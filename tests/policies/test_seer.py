@@ -100,15 +100,14 @@ def test_a_model_without_a_gate_is_told_how_to_make_one() -> None:
 def test_a_predictor_of_another_kind_is_refused() -> None:
     config = AutoConfig.from_pretrained(DEMO_MODEL)
     for policy, predictor, got, wanted in (
-        ("seer", "demo", "streaming", "seer-gate"),
         ("seer", "attention-predictor-cnn", "cnn", "seer-gate"),
-        ("predicted", "seer-demo", "seer-gate", "streaming"),
+        ("predicted", "seer-demo", "seer-gate", "cnn"),
     ):
         with pytest.raises(
             ConfigError, match=f"got a predictor of kind '{got}' for policy '{policy}', expected '{wanted}'"
         ):
             make_policy(policy, predictor, config, CacheConfig())
-    assert isinstance(make_policy("predicted", "demo", config, CacheConfig()), Predicted)
+    assert isinstance(make_policy("predicted", None, config, CacheConfig()), Predicted)
     with pytest.raises(PredictorError, match="got a predictor for blocks of 16, expected 32"):
         make_policy("seer", "seer-demo", config, CacheConfig(block_size=32, num_sink_tokens=32))
 

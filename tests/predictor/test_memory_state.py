@@ -12,7 +12,8 @@ from attnpred.predictor.average import Average
 from attnpred.predictor.centre_keys import CentreKeys
 from attnpred.predictor.clusters import Clusters
 from attnpred.predictor.cnn import PaperCNN, UnpaddedCNN
-from attnpred.predictor.digest import Digest, DigestMap
+from attnpred.predictor.digest import Digest
+from attnpred.predictor.fitted import Fitted
 from attnpred.predictor.history import History
 from attnpred.predictor.incremental import IncrementalCNN
 from attnpred.predictor.key_summary import KeySummary
@@ -20,12 +21,10 @@ from attnpred.predictor.memory import Columns, Memory, NoMemory, State
 from attnpred.predictor.recycled import Recycling
 from attnpred.predictor.seer_gate import GateKeys, GateMap
 from attnpred.predictor.shared_row import SharedRow
-from attnpred.predictor.streaming import Stream
 from attnpred.predictor.turning import Turning
 
 P, HEADS, DIM, ROWS = 4, 3, 8, 16
 torch.manual_seed(0)
-GIVEN = DigestMap(torch.randn(HEADS, DIM, 4), torch.randn(HEADS, DIM, 4), torch.randn(HEADS, DIM), (1, 4, 1))
 GATE = GateMap(torch.randn(HEADS, DIM, 4), torch.randn(HEADS, 3 * DIM, 4))
 PADDED, UNPADDED = PaperCNN().eval(), UnpaddedCNN().eval()
 
@@ -35,8 +34,7 @@ MEMORIES: dict[str, Callable[[], Memory]] = {
     "average": lambda: Average(0.8, 0.2, ROWS),
     "mean": lambda: KeySummary(P, bounds=False),
     "bounds": lambda: KeySummary(P, bounds=True),
-    "measured digest": lambda: Digest(P),
-    "given digest": lambda: Digest(P, GIVEN),
+    "digest": lambda: Digest(P),
     "recycling": lambda: Recycling(2, None),
     "recycling by likeness": lambda: Recycling(1, 0.9),
     "shared row": SharedRow,
@@ -44,8 +42,7 @@ MEMORIES: dict[str, Callable[[], Memory]] = {
     "clusters": lambda: Clusters(P, 12, 3, 16),
     "turning": lambda: Turning(P),
     "gate keys": lambda: GateKeys(P, GATE),
-    "stream": lambda: Stream(P, None, ROWS),
-    "trained stream": lambda: Stream(P, GIVEN, ROWS),
+    "fitted": lambda: Fitted(P, (1, 1), ROWS),
     "cnn": lambda: IncrementalCNN(PADDED, ROWS),
     "unpadded cnn": lambda: IncrementalCNN(UNPADDED, ROWS),
 }
@@ -83,8 +80,8 @@ def said(memory: Memory, blocks: int) -> list[Tensor]:
     found = [tensor.clone() for tensor in memory.state().values() if isinstance(tensor, Tensor)]
     if isinstance(memory, IncrementalCNN):
         found.append(memory.scores(2, blocks - 1))
-    if isinstance(memory, Stream):
-        found.append(memory.score(torch.ones(1, 4), 2, blocks, blocks))
+    if isinstance(memory, Fitted):
+        found.append(memory.score(memory.weights(True), 2, blocks, blocks))
     return found
 
 
@@ -156,11 +153,3 @@ def test_columns_grow_alike_whatever_room_they_had() -> None:
     for columns in (one, other):
         columns.reserve(1, 2, 40, torch.device("cpu"))
     assert torch.equal(one.view(), other.view()) and bool((other.view()[:, :, 3:] == -1).all())
-
-
-def test_a_given_map_is_not_part_of_the_state() -> None:
-    """It belongs to the predictor, and is the same for every sequence; a measured one is the sequence's own."""
-    for name, expected in (("given digest", False), ("measured digest", True)):
-        memory = MEMORIES[name]()
-        after(memory, 1)
-        assert ("map.keys" in memory.state()) is expected

@@ -137,7 +137,7 @@ def test_a_gate_goes_to_disk_and_back_in_half_precision(tmp_path: Path) -> None:
     with pytest.raises(PredictorError, match="got no weights for layer 1, expected layers"):
         loaded.place(1)
     with pytest.raises(AssertionError):
-        _ = loaded.streaming
+        _ = loaded.cnn
 
 
 def test_the_shipped_gate_is_small_and_names_its_model() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from attnpred.errors import ConfigError, TraceError
-from attnpred.predictor.digest_training import Edges
+from attnpred.predictor.edges import Edges
 from attnpred.predictor.pretrained import Predictor
 from attnpred.predictor.seer_fitting import GateSample, gate_loss, measured, train_gate
 from attnpred.predictor.seer_gate import GateMap, pooled

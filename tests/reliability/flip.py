@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import attnpred
-from tests.hf.support import SMALL, offloaded, predictor
+from tests.hf.support import SMALL, offloaded
 from tests.models import tiny_model
 from tests.reliability.outcome import Outcome
 from tests.reliability.things import THINGS, logits, read_prompt
@@ -92,7 +92,7 @@ def _of_files(folder: Path, times: int, chance: random.Random) -> list[Outcome]:
 def _of_scratch(folder: Path, times: int, chance: random.Random) -> list[Outcome]:
     model, found = tiny_model("llama"), []
     config = offloaded(SMALL, "disk", folder)
-    with attnpred.attach(model, policy="predicted", config=config, predictor=predictor()) as handle:
+    with attnpred.attach(model, policy="predicted", config=config) as handle:
         with handle.new_cache() as cache:
             wanted = logits(read_prompt(cache, 0))
         for how, damage in DAMAGE.items():

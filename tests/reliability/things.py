@@ -22,7 +22,7 @@ from attnpred.hf import TieredCache
 from attnpred.hf.gguf_file import converted
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.report.rows import read_rows
-from tests.hf.support import SMALL, predictor
+from tests.hf.support import SMALL
 from tests.models import prompt, tiny_model
 
 LENGTH = 90
@@ -90,9 +90,7 @@ class SavedCache(Thing):
 
     def __enter__(self) -> "SavedCache":
         model, config = tiny_model("llama"), SMALL
-        handle = self.stack.enter_context(
-            attnpred.attach(model, policy="predicted", config=config, predictor=predictor())
-        )
+        handle = self.stack.enter_context(attnpred.attach(model, policy="predicted", config=config))
         self._caches = [read_prompt(handle.new_cache(), form) for form in range(2)]
         self._wanted = [logits(read_prompt(handle.new_cache(), form)) for form in range(2)]
         return self
@@ -103,7 +101,7 @@ class SavedCache(Thing):
             yield
 
     def wrong(self, confirmed: int = 0) -> str | None:
-        settings: dict[str, Any] = {"predictor": predictor(), "offload": self.offload}
+        settings: dict[str, Any] = {"offload": self.offload}
         with TieredCache.load(self.folder / "a.kv", tiny_model("llama"), **settings) as cache:
             tokens, found = cache.tokens, logits(cache)
         for form, wanted in enumerate(self._wanted):
@@ -125,7 +123,7 @@ class SavedPredictor(Thing):
     name = "predictor"
 
     def __enter__(self) -> "SavedPredictor":
-        config = PredictorConfig("streaming", 4, heads=2, layers="0 1 2")
+        config = PredictorConfig("seer-gate", 4, heads=2, layers="0 1 2", group=2, head_dim=8, rank=8)
         self._forms = [Predictor(config), Predictor(config)]
         chance = torch.Generator().manual_seed(1)
         for form in self._forms:

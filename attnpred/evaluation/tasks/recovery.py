@@ -56,7 +56,7 @@ class RecoveryTask(Task):
         """Capture the document."""
         tokens = torch.tensor([example.tokens], dtype=torch.int64, device="cpu")
         kind, rows = example.labels["text"], example.labels["rows"]
-        document = recovery.read_document(session.model, tokens, rows, kind, example.name, session.settings.block_size)
+        document = recovery.read_document(session.model, tokens, rows, kind, example.name)
         return dataclasses.replace(example, reference=document)
 
     def measure(self, session: Session, examples: Sequence[Example], limit: int | None) -> list[Measured]:
@@ -79,6 +79,7 @@ def _measured(result: recovery.Recovery, documents: Sequence[recovery.Document],
         "recovery": float(kept.mean()),
         "recovery_ratio": float(by_document.double().mean()),
         "worst_decile": float(ratios.flatten().sort().values[: max(1, ratios.numel() // 10)].mean()),
+        "output_error": float(result.error[places].mean()),
         "hit_rate": float(result.hits[places].mean()),
         "churn": float(result.new[places].mean()),
         "late_share": result.late if len(places) == len(documents) else None,
@@ -87,6 +88,8 @@ def _measured(result: recovery.Recovery, documents: Sequence[recovery.Document],
         "recovery_by_head": kept.mean(0).tolist(),
         "by_position": [float(quarter.mean()) for quarter in ratios.mean((0, 1, 2)).chunk(4)],
         "documents": by_document.tolist(),
+        "document_recovery": kept.mean((1, 2)).tolist(),
+        "document_errors": result.error[places].mean((1, 2)).tolist(),
     }
     return Measured(items, figures)
 

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import count, product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -216,6 +217,8 @@ def _words(good: Good) -> Iterator[Case]:
     yield Case("models: two to fetch", ("models", "fetch", "smollm2", "smollm2"))
     yield Case("models: an unknown option", ("models", "--no-such-option"))
     yield Case("bench: no name", ("bench",))
+    if find_spec("lm_eval") is None:  # else it has the harness's own options and messages
+        yield Case("lm-eval: without its extra", ("lm-eval", "--model", "attnpred"))
     for nothing in ("", " , "):
         yield Case(f"demo: --policies is {nothing!r}", (*good.commands["demo"], "--policies", nothing))
 

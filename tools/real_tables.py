@@ -25,6 +25,12 @@ Chance is what the right answers to another document score. The policies are as 
 the full cache has 0."""
 
 
+BEFORE = "predicted_before"
+"""The policy of rows that were made with `predicted` as it was before it was fitted at the prompt."""
+ABOUT_BEFORE = """`predicted_before` is what `predicted` was when most rows were made: blocks of 16 tokens, weights from two toy models. Today's,
+which is fitted while the prompt is read, has rows of its own; where it has none, it was not measured there."""
+
+
 def measured(value: Row) -> str:
     """Return a value with its interval."""
     low, high = value["interval"]
@@ -137,4 +143,5 @@ def section() -> str:
         return ""
     together = (pooled(rows, model) for model in dict.fromkeys(row["model"] for row in rows))
     tables = (comparison(rows, model, length) for model, length in places(rows))
-    return "\n\n".join(part for part in (HEAD, full_cache(rows), not_run(rows), *together, *tables, llama()) if part)
+    head = f"{HEAD}\n{ABOUT_BEFORE}" if any(row["policy"] == BEFORE for row in rows) else HEAD
+    return "\n\n".join(part for part in (head, full_cache(rows), not_run(rows), *together, *tables, llama()) if part)

@@ -9,6 +9,7 @@ from huggingface_hub import constants
 
 from attnpred import hf
 from attnpred.cli.main import main
+from attnpred.kernels import prepare
 from attnpred.predictor import seer_training, training
 from benchmarks.options import Options
 from tests.cli.matrix import Case
@@ -39,6 +40,7 @@ def run_all(found: Iterable[Case]) -> list[Outcome]:
         stack.enter_context(patch.object(constants, "HF_HUB_OFFLINE", True))
         stack.enter_context(patch.object(training, "train_predictor", _reached))
         stack.enter_context(patch.object(seer_training, "train_seer", _reached))
+        stack.enter_context(patch.object(prepare, "prepare", lambda device: None))
         stack.enter_context(patch.object(Options, "checked", _then_reached(Options.checked)))
         for case in found:
             outcome = outcomes.setdefault(case.arguments[0], Outcome(case.arguments[0]))

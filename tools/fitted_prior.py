@@ -3,8 +3,7 @@
 python -m tools.fitted_prior [MODEL ...]        a minute for each model on two cores
 
 Each model reads a part of the embedded book and program text; the weights are those of every kv head of every layer,
-drawn towards nothing. A model's own row stands beside the median over the other models, which is what a prior made without it
-would be.
+drawn towards nothing. A model's own row stands beside the median over the other models, which is a prior made without it.
 """
 
 import argparse

@@ -78,29 +78,28 @@ def comparison(rows: Sequence[Row], model: str, length: int) -> str:
     return f"### {model}, {length:,} tokens\n\n{table(titles, lines)}"
 
 
-def pooled(rows: Sequence[Row], model: str) -> str:
-    """Return all questions of a model's compared tasks together, at 1/13, against the full cache and against `ema`."""
+def pooled(rows: Sequence[Row], model: str, length: int) -> str:
+    """Return all questions of the compared tasks of a length together, at 1/13, against the full cache and against `ema`."""
     full, budget = {}, round(THIRTEENTH[0], 6)
-    found: dict[str, dict[tuple[int, str], Row]] = {}
+    found: dict[str, dict[str, Row]] = {}
     for row in rows:
-        if row["model"] == model and not row["lower_is_better"]:
-            place = row["length"], row["task"]
+        if (row["model"], row["length"]) == (model, length) and not row["lower_is_better"]:
             if row["policy"] == FULL and can(row):
-                full[place] = row
+                full[row["task"]] = row
             elif row["budget"] == budget:
-                found.setdefault(row["policy"], {})[place] = row
+                found.setdefault(row["policy"], {})[row["task"]] = row
     values = {
-        policy: {f"{place}/{item['name']}": item["value"] for place in full for item in cells[place]["items"]}
+        policy: {f"{task}/{item['name']}": item["value"] for task in full for item in cells[task]["items"]}
         for policy, cells in ({FULL: full} | found).items()
         if full.keys() <= cells.keys()
     }
-    if len(values) < 2:
+    if len(values) < 2 or len(full) < 2:
         return ""
     lines = []
     for policy, own in values.items():
         beside = [_paired(own, values.get(other, {})) if policy != other else "-" for other in (FULL, "ema")]
         lines.append([f"`{policy}`", str(len(own)), f"{sum(own.values()) / len(own):.2f}", *beside])
-    head = f"### {model}, all {len(full)} compared tasks together, each question once, at 1/13"
+    head = f"### {model}, {length:,} tokens, all {len(full)} compared tasks together, at 1/13"
     return f"{head}\n\n{table(['policy', 'questions', 'right', 'against the full cache', 'against `ema`'], lines)}"
 
 
@@ -141,7 +140,7 @@ def section() -> str:
     rows = load("real")
     if not rows:
         return ""
-    together = (pooled(rows, model) for model in dict.fromkeys(row["model"] for row in rows))
+    together = (pooled(rows, model, length) for model, length in places(rows))
     tables = (comparison(rows, model, length) for model, length in places(rows))
     head = f"{HEAD}\n{ABOUT_BEFORE}" if any(row["policy"] == BEFORE for row in rows) else HEAD
     return "\n\n".join(part for part in (head, full_cache(rows), not_run(rows), *together, *tables, llama()) if part)

@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = random_model(args.layers)
     budget = int(args.budget) if args.budget > 1 else args.budget
     # The walk has its own inertia, so the hysteresis here is only there to cost what it costs.
-    plain = CacheConfig(budget=budget, late_share=LATE_SHARE, hysteresis=1e-6)
+    plain = CacheConfig(budget=budget, block_size=16, late_share=LATE_SHARE, hysteresis=1e-6)
     disk = replace(plain, offload="disk", offload_dir=args.folder)
     packed = replace(disk, offload_dtype="int8")
     blocks = args.context // 16

@@ -117,7 +117,7 @@ def timed(call: Callable[[], object]) -> float:
 @torch.no_grad()
 def measure(context: int, rounds: int, only: list[str] | None = None) -> list[dict[str, Any]]:
     """Return a row for every variant at `context` tokens."""
-    settings = CacheConfig(budget=BUDGET, calibration_interval=0)
+    settings = CacheConfig(budget=BUDGET, block_size=BLOCK, calibration_interval=0)
     chosen = {name: policy for name, policy in policies().items() if name != "cnn" or context <= CNN_UP_TO}
     chosen = {name: policy for name, policy in chosen.items() if not only or name in ("predicted", *only)}
     layers = [Layer(context, chosen, settings) for _ in range(LAYERS)]

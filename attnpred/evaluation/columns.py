@@ -122,6 +122,7 @@ class Asking:
         quiz, is_full = self.text.quiz, isinstance(policy, Full)
         answers: list[Given] = []
         divergences: list[Tensor] = []
+        settings = policy.settle(settings)
         with PolicySession(self.model, self.tokenizer, policy, settings) as session:
             held = session.go_on(self.text.cache, quiz.ids)
             for i, fact in enumerate(quiz.facts):

@@ -42,6 +42,7 @@ def look_at(
     model: Any, tokenizer: Any, text: ReadText, given: Given, policy: Policy[Any], settings: CacheConfig
 ) -> Shown:
     """Return what `policy` reads to write the answer `given`."""
+    settings = policy.settle(settings)
     quiz, size = text.quiz, settings.block_size
     question = quiz.question_ids(tokenizer, given.fact)
     ids = torch.tensor([[*quiz.ids, *question, *given.ids[:-1]]], device=model.device, dtype=torch.int64)

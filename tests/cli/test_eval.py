@@ -94,10 +94,6 @@ LATER: dict[str, tuple[list[str], str]] = {
     ),
     "nothing to replay": (["--policies", "pod"], "got policy 'pod' for task 'recovery', expected one that selects"),
     "a share above one": (["--budgets", "1.5"], "got budget=1.5, expected a share of at most 1.0"),
-    "other blocks for one policy": (
-        ["--policies", "ema:block_size=8"],
-        "whose documents are read with block_size=16, expected the same",
-    ),
     "a word where a number belongs": (["--policies", "ema:rate=fast"], "got policy 'ema:rate=fast'"),
 }
 

@@ -110,12 +110,12 @@ def test_all_options_compile(compiled: Kernels) -> None:
 def test_selection_compiles(compiled: Kernels) -> None:
     for vectors, rank in ((1, 64), (16, 16)):
         triton_select.digest_shares(torch.zeros(8, 4, rank), torch.zeros(8, 512 * vectors, rank // 2).char(), vectors)
-    estimate, peaks, rates = torch.zeros(1, 8, 600), torch.zeros(1, 8, 2, 700), torch.zeros(2)
-    triton_select.weigh(estimate, peaks, torch.zeros(8, 4), torch.zeros(500), 1, 501, 504)
-    selection = torch.zeros(1, 8, 158, dtype=torch.int64)
-    triton_select.remember(peaks, rates, 601, estimate, selection, torch.zeros(1, 8, 158))
+    estimate, past, weights = torch.zeros(1, 8, 600), torch.zeros(1, 8, 1, 700), torch.zeros(1, 8, 4)
+    triton_select.weigh(estimate, past, weights, torch.zeros(500), 1, 501, 504)
+    selection, distance = torch.zeros(1, 8, 158, dtype=torch.int64), torch.zeros(600)
+    triton_select.remember(past, 0.03, 601, estimate, weights, distance, selection, torch.zeros(1, 8, 158))
     assert set(compiled) == {"_products", "_shares", "_weigh", "_remember"}
     # old values of the selection are read, then all is changed, then what was attended is written
     found = re.findall(r"ld\.global|st\.global|bar\.sync", compiled["_remember"])
     order = [word for word, before in zip(found, ["", *found], strict=False) if word != before]
-    assert order == ["ld.global", "bar.sync", "ld.global", "st.global", "bar.sync", "st.global"]
+    assert order == ["ld.global", "bar.sync", "ld.global", "bar.sync", "st.global", "bar.sync", "st.global"]

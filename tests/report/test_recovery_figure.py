@@ -93,10 +93,3 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'attnpred\[plot\]'"):
         draw(list(rows()), tmp_path / "a.png")
-
-
-def test_missing_rows_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tools import figures
-
-    assert figures.main(["--rows", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--texts", nargs="*", default=[])
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--documents", default="1")
-    parser.add_argument("--steps", default="96")
+    parser.add_argument("--steps", default="64")
     parser.add_argument("--seed", default="7")
     parser.add_argument("--rows", type=Path, default=Path("recovery-rows.jsonl"), help="file of the rows in full")
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)

@@ -9,6 +9,7 @@ bytes as its rivals; what `quest` reads of digests, a 16th, is not taken from it
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def compact(row: dict[str, object]) -> str:
     """Return the row as a line, without figures per head and items: `documents` are theirs."""
     kept = {key: value for key, value in row.items() if not key.endswith("by_head")}
     row = {key: value for key, value in kept.items() if key not in ("items", CHECK)}  # of the row as it was
-    rounded = json.loads(json.dumps(row), parse_float=lambda text: round(float(text), 5))
+    named = re.sub(r'"[^"]*/([^"/]+)\.txt"', r'"\1"', json.dumps(row))  # a text by its name, wherever it lay
+    rounded = json.loads(named, parse_float=lambda text: round(float(text), 5))
     return json.dumps(rounded) + "\n"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attnpred.evaluation.statistics import bootstrap
-from tools.recovery_results import OURS, word
+from tools.recovery_results import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "predictor.md"
@@ -38,6 +38,11 @@ def share(budget: float) -> str:
     return f"1/{round(1 / budget)}"
 
 
+def name_of(row: Row) -> str:
+    """Return the policy without the budget that its digests have left it."""
+    return re.sub(r"[:,]budget=[\d.]+", "", row["policy"])
+
+
 def interval(values: list[float]) -> str:
     """Return the mean and its 95 % interval."""
     low, high = bootstrap(torch.tensor(values))
@@ -49,8 +54,7 @@ def by_budget(rows: list[Row], field: str) -> str:
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
     cells: dict[str, dict[float, str]] = {}
     for row in rows:
-        name = re.sub(r"[:,]budget=[\d.]+", "", row["policy"])
-        cells.setdefault(name, {})[row["budget"]] = interval(row[field])
+        cells.setdefault(name_of(row), {})[row["budget"]] = interval(row[field])
     lines = [[f"`{name}`", *(found.get(budget, "-") for budget in budgets)] for name, found in cells.items()]
     return table(["policy", *map(share, budgets)], lines)
 
@@ -59,9 +63,9 @@ def against(rows: list[Row]) -> str:
     """The forecast against the best forecast rival, and the corrected choice against the best rival of all, by document."""
     lines = []
     for budget in sorted({row["budget"] for row in rows}, reverse=True):
-        own = {row["policy"]: row for row in rows if row["budget"] == budget}
-        forecast, corrected = own[word(OURS[0], budget)], own[word(OURS[1], budget)]
-        rivals = {name: row for name, row in own.items() if name.startswith(FORECASTS) and "budget=" not in name}
+        own = {name_of(row): row for row in rows if row["budget"] == budget}
+        forecast, corrected = own[OURS[0]], own[OURS[1]]
+        rivals = {name: row for name, row in own.items() if name.startswith(FORECASTS)}
         best = max(rivals, key=lambda name: rivals[name]["recovery"])
         everyone = {name: row for name, row in own.items() if name.startswith(QUERY)} | rivals
         closest = min(everyone, key=lambda name: everyone[name]["output_error"])
@@ -79,7 +83,7 @@ def costs(rows: list[Row]) -> str:
     """What has to be moved, and what it takes to remember, at 1/13."""
     lines = [
         [
-            f"`{re.sub(r'[:,]budget=[0-9.]+', '', row['policy'])}`", f"{row['recovery']:.3f}", f"{row['worst_decile']:.3f}",
+            f"`{name_of(row)}`", f"{row['recovery']:.3f}", f"{row['worst_decile']:.3f}",
             f"{row['churn']:.3f}", "-" if row["late_share"] is None else f"{row['late_share']:.3f}", f"{row['state_share']:.2%}",
         ]
         for row in rows

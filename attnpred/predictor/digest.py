@@ -79,7 +79,8 @@ class Digest(Memory):
         return (self._estimate.numel() if self._asked is None else self._asked.blocks) == 0
 
     def meet(self, query: Tensor, scale: float) -> None:
-        self.met = query.detach()
+        if not self._sealed:  # the directions are found once
+            self.met = query.detach()
 
     def seal(self, keys: Tensor) -> None:
         self._settle()
@@ -185,9 +186,8 @@ class Digest(Memory):
         projected = self._projected(query, scale)
         batch, kv_heads = projected.shape[:2]
         stored = self.codes.data.flatten(0, 1)[:, :blocks]
-        parts = projected.flatten(0, 1).chunk(
-            selecting // kv_heads, 1
-        )  # 1, or G where each query head selects for itself
+        several = selecting // kv_heads  # 1, or G where each query head selects for itself
+        parts = projected.flatten(0, 1).chunk(several, 1)
         found = [kernels.digest_shares(part.contiguous(), stored, 1).view(batch, kv_heads, blocks) for part in parts]
         return torch.stack(found, 2).flatten(1, 2)
 

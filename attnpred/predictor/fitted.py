@@ -41,11 +41,12 @@ are what heads of several models find, in the median (`python -m tools.fitted_pr
 class Fitted(Memory):
     """The state of one layer; `edges` are the sink and recent blocks, which are attended anyway."""
 
-    remembers: ClassVar[tuple[str, ...]] = ("seen", "sums_next", "sums_now")
+    remembers: ClassVar[tuple[str, ...]] = ("seen",)
 
     def __init__(self, block_size: int, edges: tuple[int, int], prompt_rows: int) -> None:
         self.rows, self.edges = prompt_rows, edges
         self.digest = Digest(block_size)
+        self.ridges = {False: Ridge(), True: Ridge()}  # of the forecast and of the correction
         self.past = Columns(before=(1,), fill=FLOOR)
         self.distances = torch.empty(0, dtype=torch.float32, device="cpu")
         self.clear()
@@ -53,35 +54,14 @@ class Fitted(Memory):
     def clear(self) -> None:
         super().clear()
         self.seen = 0
-        self.ridges = {False: Ridge(), True: Ridge()}
         self._weights: dict[bool, Tensor] = {}
         self.met: tuple[Tensor, float] | None = None
-
-    @property
-    def sums_next(self) -> Tensor:
-        """What the weights of the forecast are solved from."""
-        return self.ridges[False].sums
-
-    @sums_next.setter
-    def sums_next(self, sums: Tensor) -> None:
-        self.ridges[False].sums = sums
-        self._weights.pop(False, None)
-
-    @property
-    def sums_now(self) -> Tensor:
-        """What the weights of the correction are solved from."""
-        return self.ridges[True].sums
-
-    @sums_now.setter
-    def sums_now(self, sums: Tensor) -> None:
-        self.ridges[True].sums = sums
-        self._weights.pop(True, None)
 
     def tables(self) -> Sequence[Columns]:
         return (self.past,)
 
     def parts(self) -> Mapping[str, Memory]:
-        return {"digest": self.digest}
+        return {"digest": self.digest, "forecast": self.ridges[False], "correction": self.ridges[True]}
 
     @property
     def sealed(self) -> int:
@@ -100,13 +80,11 @@ class Fitted(Memory):
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
-        self._map(lambda tensor: tensor[rows.to(tensor.device)])
         self._weights.clear()
         self.met = None
 
     def repeat(self, times: int) -> None:
         super().repeat(times)
-        self._map(lambda tensor: tensor.repeat_interleave(times, 0))
         self._weights.clear()
         self.met = None
 
@@ -130,8 +108,7 @@ class Fitted(Memory):
         for i in range(count):
             row = rows[:, :, i].log().clamp_min(FLOOR)
             if attended is not None:
-                known = attended[:, :, i] if attended.ndim == 4 else attended
-                row = torch.where(known, row, self._guess(columns))
+                row = torch.where(attended[:, :, i], row, self._guess(columns))
             past.copy_(_averaged(past, row))
         self.seen += count
 

@@ -53,11 +53,8 @@ def told_by(
     earlier = _earlier(digest, first, last) if skipped == 0 else None
     for begin in range(skipped, count, several):
         end, start = min(count, begin + several), max(0, begin - 1)
-        ends = (
-            sealed
-            - torch.arange(count - 1 - start, count - 1 - end, -1, device=rows.device, dtype=torch.int64)
-            // digest.block_size
-        )
+        later = count - 1 - torch.arange(start, end, device=rows.device, dtype=torch.int64)
+        ends = sealed - later // digest.block_size  # blocks that were sealed when the query came
         logits = digest.logits(query[:, :, start:end], scale, sealed).masked_fill_(places >= ends[:, None], -torch.inf)
         shares = torch.softmax(logits, -1)[..., first:last].unflatten(1, (heads, -1)).sum(2)
         estimates = shares.log_().clamp_(min=FLOOR)

@@ -166,7 +166,7 @@ def test_over_everything_it_equals_a_dynamic_cache(operations: list[Operation], 
         # Stock attention functions know nothing of the cache, so an attached model may run both.
         assert_alike((Batch(model, cache), Stock(model)), operations, first)
     layer = cache.stats()["layers"][0]
-    assert layer["sparse_steps"] == layer["steps"]
+    assert layer["sparse_steps"] == layer["steps"] >= 2
 
 
 @pytest.mark.parametrize("policy", ["ema", "oracle", "predicted"])

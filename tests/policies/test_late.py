@@ -61,7 +61,7 @@ def decode(late_share: float | None, hysteresis: float = 0.0, budget: int = 9 * 
         block_size=P,
         num_sink_tokens=P,
         recent_window=2 * P,
-        history=48,
+        history=6,
         calibration_interval=0,
         late_share=late_share,
         hysteresis=hysteresis,
@@ -69,10 +69,14 @@ def decode(late_share: float | None, hysteresis: float = 0.0, budget: int = 9 * 
     policy = Predicted()
     decoder, pool, terms = LayerDecoder(config, policy, LayerCounts()), BlockPool(P), AttentionTerms(1.0)
     keys = torch.randn(1, 2, PROMPT + STEPS, DIM, generator=generator)
-    queries = 2 * torch.randn(1, 4, PROMPT + STEPS, DIM, generator=generator)
-    queries[..., 2:] *= 0.1  # what two directions of a digest can tell
+    queries = torch.randn(1, 4, PROMPT + STEPS, DIM, generator=generator)
     pool.append(keys[:, :, :PROMPT], keys[:, :, :PROMPT])
     decoder.observe(queries[:, :, :PROMPT], pool, terms, None, prompt=True)
+    # A forecast that takes what the last query wanted least: so the correction has other blocks to bring at every step.
+    weights = torch.zeros(2, 1, 2, 4)
+    weights[0, ..., 0], weights[1, ..., 0] = -1.0, 1.0
+    decoder.memory._weights = {False: weights[0], True: weights[1]}
+    decoder.chooser.forecast(decoder._call(queries[:, :, PROMPT - 1], pool, terms, None))
     found = []
     for t in range(PROMPT, PROMPT + STEPS):
         pool.append(keys[:, :, t : t + 1], keys[:, :, t : t + 1])
@@ -85,7 +89,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("late_share", [0.12, 0.15, 0.25])
+@pytest.mark.parametrize("late_share", [0.12, 0.25, 0.5])
 def test_what_comes_late_stays_below_the_setting(late_share: float) -> None:
     _, counts = decode(late_share)
     # 8 or 9 blocks a step; the limit is in whole blocks, and with such queries every step would use it up
@@ -112,7 +116,7 @@ def test_hysteresis_keeps_what_was_attended(late_share: float | None) -> None:
             new = set(bound[t][head].tolist()) - set(bound[t - 1][head].tolist())
             assert new <= ({tokens // P} if tokens % P == 0 else set())
     changes = sum(len(set(b[0].tolist()) - set(a[0].tolist())) for a, b in pairwise(free))
-    assert changes >= STEPS // 2
+    assert changes > STEPS
 
 
 def test_blocks_before_a_padded_row_begins_do_not_use_up_late_places() -> None:

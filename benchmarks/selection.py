@@ -2,16 +2,15 @@
 
 Run `python -m benchmarks.selection`; the last line is one JSON object. A selection is all that a step does besides
 attending: score the digests with the query, forecast or correct, take the best blocks, remember the row. Attention is
-`sparse_decode` over 64 blocks of 16 tokens per kv head. Shape of an 8B model: 32 query heads, 8 kv heads, D = 128.
+`sparse_decode` over 1,024 tokens per kv head, in blocks of the variant's own size: 4 tokens for `predicted`, 16 for the
+others and for `predicted, blocks of 16`. Shape of an 8B model: 32 query heads, 8 kv heads, D = 128.
 
-Theory, 8 kv heads at N blocks: `predicted` reads 16 bytes of codes per vector of a block (one head in eight has a vector
-for every token, the others two for a block: 60 bytes per block and head on average), reads and writes 8 bytes of peaks
-twice and 4 bytes of estimate and score a few times. That is 4 MB of codes and 2 MB of the rest at 128K tokens: `floor`, the
-time that reading as many bytes takes in one sum, is what no program can beat. The products are 32 multiplications per
-vector and query head, and a power of two: about 40 instructions for four vectors and four queries where 64 bytes fit a
-register.
+Theory, 8 kv heads: codes of `predicted` take D / 32 bytes a token, 4 MB at 128K tokens whatever the block size; for each
+block 4 bytes of past are read twice and written once, and 4 of estimate and score a few times, 1 MB each with blocks of 4.
+`floor`, the time that reading as many bytes takes in one sum, is what no program can beat. The products are D / 4
+multiplications per block of 4 and query head, and a power of two.
 
-`predicted, torch only` is the same without numba, `predicted, general` has mean keys for digests (rank = D).
+`predicted, torch only` is the same without numba.
 
 Layers take turns, so that no data is in a cache from the step before, and attention gets fresh random blocks in every call.
 Variants are interleaved; figures are medians with the quartiles.
@@ -34,7 +33,7 @@ from attnpred.dense_calls import seal
 from attnpred.policies import Ema, Predicted, Quest
 from attnpred.policies.base import Policy, View
 from attnpred.policies.paper_cnn import PaperForecast
-from attnpred.policies.select import select_blocks, zone_at
+from attnpred.policies.select import Zone, select_blocks, zone_at
 from attnpred.predictor.predictor_config import PredictorConfig
 from attnpred.predictor.pretrained import Predictor
 from attnpred.store.pool import BlockPool
@@ -51,6 +50,7 @@ def policies() -> dict[str, Policy[Any]]:
     """Return the policies by name."""
     return {
         "predicted": Predicted(),
+        "predicted, blocks of 16": Predicted(),
         "predicted, torch only": Predicted(),
         "ema": Ema(),
         "quest": Quest(),
@@ -61,17 +61,21 @@ def policies() -> dict[str, Policy[Any]]:
 class Layer:
     """One layer with a full cache, and a decoder of every policy."""
 
-    def __init__(self, context: int, chosen: dict[str, Policy[Any]], settings: CacheConfig) -> None:
-        self.pool, self.settings = BlockPool(BLOCK), settings
+    def __init__(self, context: int, chosen: dict[str, Policy[Any]]) -> None:
         keys = torch.randn(1, KV_HEADS, context, DIM, dtype=torch.bfloat16)
-        self.pool.append(keys, keys)
-        self.zone = zone_at(settings, context)
-        self.decoders = {name: LayerDecoder(settings, policy, LayerCounts()) for name, policy in chosen.items()}
-        rows = torch.rand(1, KV_HEADS, settings.history, self.zone.blocks) ** 8
-        for decoder in self.decoders.values():
+        self.decoders: dict[str, LayerDecoder] = {}
+        self.zones: dict[str, Zone] = {}
+        for name, policy in chosen.items():
+            size = BLOCK if name.endswith("of 16") else policy.granularity
+            settings = CacheConfig(budget=BUDGET, block_size=size, calibration_interval=0)
+            self.pool, zone = BlockPool(size), zone_at(settings, context)
+            self.pool.append(keys, keys)
+            decoder = LayerDecoder(settings, policy, LayerCounts())
+            rows = torch.rand(1, KV_HEADS, settings.history, zone.blocks) ** 8
             decoder.memory.meet(torch.randn(1, HEADS, decoder.memory.rows or 1, DIM), DIM**-0.5)
             seal(decoder.memory, self.pool)
             decoder.memory.push(rows[:, :, -decoder.memory.rows :])
+            self.decoders[name], self.zones[name] = decoder, zone
         self.codes = torch.ones(self.decoders["predicted"].memory.bytes() // 8, dtype=torch.int64)  # as many bytes
 
     def choose(self, name: str, query: Tensor, maxima: Tensor) -> Tensor:
@@ -81,20 +85,21 @@ class Layer:
         use_backend("torch" if name.endswith("torch only") else kernels.DIGEST)
         decoder = self.decoders[name]
         decoder.memory.look(query, DIM**-0.5, KV_HEADS)
-        view = View(decoder.memory, self.zone, 0, True)
+        view = View(decoder.memory, self.zones[name], 0, True)
         selection = decoder.policy.choose(view)
-        selection = select_blocks(decoder.policy.score(view), self.zone) if selection is None else selection
+        selection = select_blocks(decoder.policy.score(view), view.zone) if selection is None else selection
         if decoder.memory.rows:
-            decoder.memory.push_attended(selection, maxima, self.zone.blocks)
+            decoder.memory.push_attended(selection, maxima, view.zone.blocks)
         return selection
 
-    def attend(self, query: Tensor) -> Tensor:
-        """Attend to random blocks."""
-        selection = torch.rand(1, KV_HEADS, self.zone.blocks).topk(BUDGET // BLOCK, -1).indices
+    def attend(self, name: str, query: Tensor) -> Tensor:
+        """Attend to random blocks of the size that `name` has."""
+        size = self.decoders[name].config.block_size
+        selection = torch.rand(1, KV_HEADS, self.zones[name].blocks).topk(BUDGET // size, -1).indices
         began = time.perf_counter()
         kernels.sparse_decode(
             query.bfloat16(), self.pool.keys, self.pool.values, selection, self.pool.length,
-            block_size=BLOCK, scale=DIM**-0.5,
+            block_size=size, scale=DIM**-0.5,
         )  # fmt: skip
         self.attention_time = time.perf_counter() - began
         return selection
@@ -117,23 +122,24 @@ def timed(call: Callable[[], object]) -> float:
 @torch.no_grad()
 def measure(context: int, rounds: int, only: list[str] | None = None) -> list[dict[str, Any]]:
     """Return a row for every variant at `context` tokens."""
-    settings = CacheConfig(budget=BUDGET, block_size=BLOCK, calibration_interval=0)
     chosen = {name: policy for name, policy in policies().items() if name != "cnn" or context <= CNN_UP_TO}
     chosen = {name: policy for name, policy in chosen.items() if not only or name in ("predicted", *only)}
-    layers = [Layer(context, chosen, settings) for _ in range(LAYERS)]
-    size = select_blocks(torch.zeros(1, KV_HEADS, layers[0].zone.blocks), layers[0].zone).shape[2]
+    layers = [Layer(context, chosen) for _ in range(LAYERS)]
     names = (*chosen, "floor")
-    times: dict[str, list[float]] = {name: [] for name in (*names, "attention")}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    attending: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 3):
         for name in names:
+            as_ = "predicted" if name == "floor" else name
+            zone = layers[0].zones[as_]
+            size = zone.sinks + zone.free + zone.blocks - zone.first_recent
             for layer in layers:
                 query, maxima = torch.randn(1, HEADS, DIM), torch.rand(1, KV_HEADS, size)
                 spent = timed(lambda: layer.choose(name, query, maxima))  # noqa: B023 (called at once)
-                layer.attend(query)
+                layer.attend(as_, query)
                 if turn >= 3:
                     times[name].append(spent)
-                    times["attention"].append(layer.attention_time)
-    attention = statistics.median(times["attention"]) * 1e6
+                    attending[name].append(layer.attention_time)
     rows = []
     for name in names:
         low, middle, high = (x * 1e6 for x in statistics.quantiles(times[name], n=4))
@@ -145,7 +151,7 @@ def measure(context: int, rounds: int, only: list[str] | None = None) -> list[di
                 "variant": name,
                 "us": round(middle, 1),
                 "quartiles": [round(low, 1), round(high, 1)],
-                "attention_us": round(attention, 1),
+                "attention_us": round(statistics.median(attending[name]) * 1e6, 1),
                 "state_share": round(state, 4),
             }
         )

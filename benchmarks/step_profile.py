@@ -52,7 +52,7 @@ PARTS = (
     Part("attnpred.decode", "sparse_decode", "sparse attention"),
     Part("attnpred.decode", "LayerDecoder._count", "counters"),
     Part("attnpred.decode", "LayerDecoder._push", "remember: bookkeeping"),
-    Part("attnpred.kernels", "remember", "remember: peaks of all blocks"),
+    Part("attnpred.kernels", "remember", "remember: the past of all blocks"),
     Part("attnpred.choosing", "Chooser.forecast", "forecast"),
 )
 """Names move when code does: whoever moves one corrects it here."""

@@ -160,7 +160,7 @@ def selection(found: Row) -> str:
         lines.append([f"{context:,}", *(number(us.get(name)) for name in names), number(own[0]["attention_us"])])
     parts = ["## Choosing the blocks", where(found, "selection")]
     parts.append(
-        "Microseconds per layer and step, all that is done besides attending, and the attention call that it serves:"
+        "Microseconds per layer and step, all that is done besides attending, and the attention call that `predicted` serves:"
     )
     parts.append(table(["tokens", *names, "attention"], lines))
     return "\n\n".join(parts)

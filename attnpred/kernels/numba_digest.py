@@ -31,11 +31,11 @@ _PAYS = 1 << 16
 # What the threads are told, by place: of this call, of the layer (`Prepared`), of the choice, and of scratch memory.
 (
     TAKEN, ROWS, OWN, GROUP, BLOCKS, QUADS, QUERY, QUERY_KIND, ESTIMATE,
-    KV_HEADS, DIM, RANK, PROJECTION, PER_BATCH, CODES, VECTOR_COUNTS, DIAGONAL,
+    KV_HEADS, DIM, RANK, PROJECTION, PER_BATCH, CODES, VECTOR_COUNTS,
     PAST, CAPACITY, WEIGHTS, DISTANCE, SINKS, FIRST_RECENT, ZONE_BLOCKS, FREE, SELECTION,
     MOST_ITEMS, ROUNDED, SCALES, SUMS, FOUND, STARTS,
-) = range(32)  # fmt: skip
-FIELDS = 32
+) = range(31)  # fmt: skip
+FIELDS = 31
 _NO_CHOICE, _NO_SCRATCH = (0,) * 9, (0,) * 6
 
 
@@ -57,14 +57,7 @@ def _do_rows(data: Any) -> None:
         if row >= f[ROWS]:
             break
         widen(f[QUERY], f[QUERY_KIND], row * query.size, query)
-        if f[DIAGONAL]:
-            batch, head = row // f[OWN] // f[KV_HEADS], row // f[OWN] % f[KV_HEADS]
-            diagonal = numba.carray(pointer(f[PROJECTION] + (batch * f[PER_BATCH] + head * dim) * 4), dim, np.float32)
-            asked[:] = 0
-            for i in range(group):
-                for d in range(dim):
-                    asked[i, d] = query[i, d] * diagonal[d]
-        elif f[PROJECTION]:
+        if f[PROJECTION]:
             batch, head = row // f[OWN] // f[KV_HEADS], row // f[OWN] % f[KV_HEADS]
             at = f[PROJECTION] + (batch * f[PER_BATCH] + head * dim * rank) * 4
             projection = numba.carray(pointer(at), (dim, rank), np.float32)
@@ -172,7 +165,7 @@ def _run(parallel: int, count: int, do_rows: int, do_items: int, do_heads: int, 
 class Prepared(NamedTuple):
     """What is the same in every step of a layer, as long as its tables of codes lie where they are.
 
-    key: what it is for, as whoever keeps it says; told: fields KV_HEADS to DIAGONAL; block_bytes: codes of one block of
+    key: what it is for, as whoever keeps it says; told: fields KV_HEADS to VECTOR_COUNTS; block_bytes: codes of one block of
     all heads; alive: what the addresses belong to. A copy of whoever keeps it has other addresses, and gets None.
     """
 
@@ -191,8 +184,7 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Return what `look` and `choose` need of tables: their heads, vectors per block, codes [B, heads, capacity, bytes].
 
-    projection [B or 1, Hkv, D, r], or its diagonal [B or 1, Hkv, D], then r is D or, if that is odd, one more; None where
-    queries are projected already.
+    projection [B or 1, Hkv, D, r]; None where queries are projected already.
     """
     addresses, counts, size = np.zeros((batch, kv_heads), np.int64), np.zeros(kv_heads, np.int64), 0
     for heads, vectors, codes in tables:
@@ -204,13 +196,10 @@ def prepare(
                 addresses[row, head] = lies + row * codes.stride(0) + i * codes.stride(1)
     rank, given = dim, (0, 0)
     if projection is not None:
-        rank = projection.shape[-1] if projection.ndim == 4 else dim + dim % 2
+        rank = projection.shape[-1]
         given = address(projection, torch.float32), projection[0].numel() if projection.shape[0] > 1 else 0
     told = (kv_heads, dim, rank, *given, addresses.ctypes.data, counts.ctypes.data)
-    is_diagonal = projection is not None and projection.ndim == 3
-    return Prepared(
-        key, (*told, int(is_diagonal)), size, (addresses, counts, projection, *(codes for _, _, codes in tables))
-    )
+    return Prepared(key, told, size, (addresses, counts, projection, *(codes for _, _, codes in tables)))
 
 
 def _call(

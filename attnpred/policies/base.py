@@ -1,6 +1,6 @@
 """What a policy is: it scores blocks. Everything else (top-k, sinks, recent window, budget, state) belongs to others.
 
-A policy is a frozen dataclass of its hyper-parameters and trained weights; it holds no state of a sequence. What it
+A policy is a frozen dataclass of its hyper-parameters and any trained weights; it holds no state of a sequence. What it
 remembers of a layer is a `Memory` that it makes, that the decode step owns and feeds, and that it is shown in a `View`.
 """
 
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=Memory)
 
 KINDS = ("reference", "eviction", "retrieval", "reuse", "learned")
 """Reference: what others are held against. Eviction: what is dropped never comes back. Retrieval: scores of everything, at
-every step. Reuse: a choice that serves several steps or layers. Learned: trained weights."""
+every step. Reuse: a choice that serves several steps or layers. Learned: weights trained, or found at the prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""The forecast of the next token's attention: networks, trained weights, traces and training. Needs torch only."""
+"""The forecast of the next token's attention: memories, networks, traces and training. Needs torch only."""

@@ -96,3 +96,11 @@ def test_an_unknown_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_claims_are_of_words_that_are_measured() -> None:
     measured = set(evidence.EVERY.split())
     assert {name for claim in CLAIMS for name in (claim.ahead, claim.behind)} <= measured
+
+
+def test_rows_of_a_version_that_is_gone_are_named() -> None:
+    now = row("predicted", 0.1, GOOD, policy_fields={})
+    published = row("predicted:predictor=x", 0.1, GOOD, policy_fields={"predictor": {"kind": "cnn"}})
+    before = row("predicted", 0.1, GOOD, policy_fields={"predictor": {"kind": "streaming"}})
+    assert policy_tables.notice([now, published]) == ""
+    assert "before it was fitted at the prompt" in policy_tables.notice([now, before])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools import real_tables
 from tools.policy_claims import Row
-from tools.policy_tables import ROOT, _shown, load
+from tools.policy_tables import ROOT, _shown, load, notice
 from tools.speed_tables import table
 
 PAGE: Path = ROOT / "docs" / "evidence.md"
@@ -89,7 +89,8 @@ def page() -> str:
         rows = load(claim.run)
         lines.append([claim.what, claim.paper, claim.shown(rows) if rows else "-", claim.remark])
     claims = table(["claim", "in the paper", "here", "remark"], lines)
-    return "\n\n".join(part for part in (TITLE, real_tables.section(), HEAD, claims) if part) + "\n"
+    said = notice([row for claim in CLAIMS for row in load(claim.run)])
+    return "\n\n".join(part for part in (TITLE, real_tables.section(), HEAD, said, claims) if part) + "\n"
 
 
 def main(arguments: list[str]) -> int:

@@ -50,6 +50,17 @@ def load(name: str) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
+def notice(rows: Sequence[Row]) -> str:
+    """Return what to say where rows of `predicted` are of a predictor that was trained, which no version has any more."""
+    if not any(row.get("policy_fields", {}).get("predictor", {}).get("kind") == "streaming" for row in rows):
+        return ""
+    return (
+        "Rows of `predicted` here are of the version before it was fitted at the prompt: blocks of 16 tokens, a predictor trained on "
+        "this very model. [The predictor](predictor.md) has today's; to measure these anew, take them out of `docs/results` "
+        "and run `make evidence`."
+    )
+
+
 def times() -> dict[str, Row]:
     """Return what a step takes by policy; nothing if it was not measured."""
     path = RESULTS / "policy_times.json"
@@ -153,7 +164,7 @@ def what_ran(rows: Sequence[Row]) -> str:
 def page(rows: Sequence[Row], offloaded: Sequence[Row], timed: dict[str, Row]) -> str:
     """Return the page: quality of `rows`, bytes of `offloaded`, milliseconds of `timed`."""
     costs = {(row["policy"], row["budget"] or 1.0): row for row in offloaded}
-    parts = [HEAD, what_ran(rows)]
+    parts = [HEAD, notice([*rows, *offloaded]), what_ran(rows)]
     if "floor" in timed:
         parts.append(f"Without any attention a step takes {timed['floor']['ms_per_token']:.1f} ms.")
     for budget in sorted({row["budget"] for row in rows if row["policy"] != "full"}, reverse=True):

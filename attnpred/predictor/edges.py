@@ -20,7 +20,3 @@ class Edges:
         ids = torch.arange(blocks, device="cpu")
         first_recent = (positions + 1) // self.block_size - self.recent
         return (ids >= self.sinks) & (ids < first_recent[:, None])
-
-    def sealed(self, positions: Tensor, blocks: int) -> Tensor:
-        """Return bool [M, N]: blocks that were full before a query at each of `positions`."""
-        return torch.arange(blocks, device="cpu") < ((positions[:, None] + 1) // self.block_size)

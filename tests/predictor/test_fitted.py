@@ -1,6 +1,7 @@
 """The fitted memory: it finds what its prompt was made of, goes on by its own guesses, and survives cache operations."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpred.kernels.digest import FLOOR, pack
+from attnpred.predictor import told
 from attnpred.predictor.digest import Digest
 from attnpred.predictor.directions import key_directions, rank_for
 from attnpred.predictor.fitted import PRIOR, RATE, Fitted
@@ -176,6 +178,52 @@ def test_a_row_has_the_digest_that_it_has_alone() -> None:
         digest.seal(keys[rows])
         found.append(digest.shares(query[rows, :, -1], 0.3, HEADS, 12)[-1])
     torch.testing.assert_close(*found)
+
+
+def test_the_state_is_small() -> None:
+    """Codes and past, per byte of half-precision keys and values: counted, not believed."""
+    for size, codes in ((4, 8), (8, 16), (16, 32)):  # blocks of 64 dimensions
+        memory = Fitted(size, (1, 2), ROWS)
+        memory.seal(torch.randn(1, HEADS, 80 * size, 64))
+        memory.push(torch.rand(1, HEADS, 1, 80))
+        assert memory.bytes() == 80 * HEADS * (codes + 4)
+        assert memory.bytes() / (80 * HEADS * size * 64 * 2 * 2) < 0.02
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_what_rows_tell_is_a_loop_over_rows_and_blocks(skipped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates over the blocks that were sealed then, the query before for the forecast, distances, values, weights."""
+    monkeypatch.setattr(told, "ELEMENTS", 1)  # one row at a time
+    query, keys = prompt_of(30)
+    count, first, last = 9, 2, 24
+    digest = Digest(P)
+    digest.meet(query, 0.3)
+    digest.seal(keys)
+    query = query[:, :, -count:]
+    earlier = torch.randn(1, HEADS, 30)
+    digest.estimate = earlier
+    rows, averages = torch.rand(1, HEADS, count, 31), torch.rand(1, HEADS, count, last - first)
+    found: dict[bool, list[told.Told]] = {True: [], False: []}
+    for one in told.told_by(rows, averages, query, 0.3, digest, first, last, skipped):
+        found[one.correcting].append(one)
+    logits = digest.logits(query, 0.3, 30)
+    sealed = [30 - (count - 1 - t) // P for t in range(count)]
+    estimate = [
+        torch.softmax(logits[:, :, t, : sealed[t]], -1).unflatten(1, (HEADS, GROUP)).sum(2).log()[..., first:last]
+        for t in range(count)
+    ]
+    before = [earlier[..., first:last], *estimate]
+    assert len(found[True]) == len(found[False]) == count - skipped
+    for t in range(skipped, count):
+        distance = torch.tensor([math.log2(sealed[t] - n) for n in range(first, last)])
+        for correcting, wanted in ((True, estimate[t]), (False, before[t])):
+            features, values, weights = found[correcting][t - skipped][1:]
+            torch.testing.assert_close(features[:, :, 0], wanted, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(features[:, :, 1], averages[:, :, t].log())
+            torch.testing.assert_close(features[0, 0, 2], distance)
+            assert (features[:, :, 3] == 1).all()
+            torch.testing.assert_close(values, rows[:, :, t, first:last].log())
+            torch.testing.assert_close(weights, rows[:, :, t, first:last].sqrt())
 
 
 # Directions

@@ -30,7 +30,7 @@ test-real: $(READY) ## tests of a real model, which the package index has to giv
 check: $(READY) ## the quick tests, under a minute
 	$(PY) -m pytest -q --numprocesses auto --dist loadfile -m "not slow"
 
-test-versions: $(READY) ## the quick tests with the oldest transformers that is supported, one between, and the newest
+test-versions: $(READY) ## the quick tests with the oldest torch and transformers that are supported, one between, and the newest
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
 	$(PY) -m tools.test_versions
 

@@ -11,14 +11,30 @@ from attnpred.config import CacheConfig
 from attnpred.errors import AttnpredError
 
 if TYPE_CHECKING:
-    from attnpred.hf import TieredCache, attach
+    from attnpred.hf import TieredCache, attach, load_model
+    from attnpred.policies.base import Policy
     from attnpred.predictor.pretrained import Predictor
 
     __version__: str
 
-__all__ = ["AttnpredError", "CacheConfig", "Predictor", "TieredCache", "__version__", "attach"]
+__all__ = [
+    "AttnpredError",
+    "CacheConfig",
+    "Policy",
+    "Predictor",
+    "TieredCache",
+    "__version__",
+    "attach",
+    "load_model",
+]
 
-_HOMES = {"Predictor": "attnpred.predictor.pretrained", "TieredCache": "attnpred.hf", "attach": "attnpred.hf"}
+_HOMES = {
+    "Policy": "attnpred.policies.base",
+    "Predictor": "attnpred.predictor.pretrained",
+    "TieredCache": "attnpred.hf",
+    "attach": "attnpred.hf",
+    "load_model": "attnpred.hf",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -100,7 +100,7 @@ def captured(
     )
     policy = Remember(rows)
     with hf.attach(model, policy=policy, config=settings):
-        cache = hf.TieredCache(model.config, policy=policy, settings=settings)
+        cache = hf.TieredCache(model.config, policy=policy, config=settings)
         # Layers that share another layer's keys may see no more queries than there are logits to keep.
         shares = getattr(cache.model_config, "num_kv_shared_layers", 0)
         if text is not None:

@@ -134,7 +134,7 @@ def make_variants(
     config, stock = model.config, "sdpa"
 
     def tiered(policy: str, chosen: CacheConfig) -> Cache:
-        return TieredCache(config, policy=policy, settings=chosen)
+        return TieredCache(config, policy=policy, config=chosen)
 
     makers: dict[str, tuple[str, Callable[[], Cache]]] = {
         "floor": (FLOOR, lambda: floor_cache(config.num_hidden_layers)),

@@ -220,8 +220,8 @@ def decode(clock: Clock, model: Any, context: int, steps: int) -> Iterator[Row]:
     makers: dict[str, Callable[[], Cache]] = {
         "transformers": lambda: DynamicCache(config=config),
         "transformers-offloaded": lambda: DynamicCache(config=config, offloading=True),
-        "predicted": lambda: TieredCache(config, settings=settings),
-        "predicted-offloaded": lambda: TieredCache(config, settings=replace(settings, offload="cpu")),
+        "predicted": lambda: TieredCache(config, config=settings),
+        "predicted-offloaded": lambda: TieredCache(config, config=replace(settings, offload="cpu")),
     }
     for name, make in makers.items():
         row: Row = {"shape": "1b", "dtype": "bfloat16", "context": context, "variant": name}

@@ -80,9 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
         settings = replace(settings, offload=args.offload, offload_dir=args.folder if args.offload == "disk" else None)
     policy = Predicted()
     wanted = estimate_for(SHAPE_1B, settings, policy, torch.bfloat16, args.context)
-    run(TieredCache(SHAPE_1B, policy=policy, settings=replace(settings, budget=1024)), 2 * CHUNK, 2)  # loads all code
+    run(TieredCache(SHAPE_1B, policy=policy, config=replace(settings, budget=1024)), 2 * CHUNK, 2)  # loads all code
     before = resident()
-    cache = TieredCache(SHAPE_1B, policy=policy, settings=settings)
+    cache = TieredCache(SHAPE_1B, policy=policy, config=settings)
     peak = run(cache, args.context, args.steps) - before
     found = {
         "context": args.context,

@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = [real]
     with attnpred.attach(model, policy=general, config=plain):
         for name, (policy, settings) in variants.items():
-            caches[name] = TieredCache(model.config, policy=policy, settings=settings)
+            caches[name] = TieredCache(model.config, policy=policy, config=settings)
             fill([caches[name]], model.config, args.context)
         speeds = bandwidth(caches["disk"])
         say(", ".join(f"{name} {speed:.2f}" for name, speed in speeds.items()))

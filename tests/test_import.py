@@ -9,7 +9,16 @@ from types import ModuleType
 import attnpred
 from attnpred import hf
 
-PUBLIC = ["AttnpredError", "CacheConfig", "Predictor", "TieredCache", "__version__", "attach"]
+PUBLIC = [
+    "AttnpredError",
+    "CacheConfig",
+    "Policy",
+    "Predictor",
+    "TieredCache",
+    "__version__",
+    "attach",
+    "load_model",
+]
 HEAVY = ("torch", "transformers", "numba", "triton", "numpy")
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError, NotSparseError
 from attnpred.hf.cache import TieredCache
-from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
+from attnpred.hf.choose import attend_near, check_budgets, described, make_policy, make_settings, make_sharing
 from attnpred.hf.handle import Attached
 from attnpred.hf.packing import pack_weights
 from attnpred.hf.support import is_served, refuse_model, refuse_unsupported
@@ -69,13 +69,14 @@ def attach(
         logger.warning(why)
 
     def make_cache() -> TieredCache:
-        cache = TieredCache(model.config, policy=chosen, settings=settings)
+        cache = TieredCache(model.config, policy=chosen, config=settings)
         cache.model = weakref.ref(model)
         return cache
 
     packing = None if weights is None else pack_weights(model, weights)
     try:
-        return Attached(model, make_cache, strict=settings.strict, packing=packing).activate()
+        what = described(chosen, settings)
+        return Attached(model, make_cache, what, strict=settings.strict, packing=packing).activate()
     except BaseException:
         if packing is not None:
             packing.undo()

@@ -20,7 +20,7 @@ from attnpred.config import CacheConfig
 from attnpred.decode import LayerDecoder
 from attnpred.errors import NotSparseError, StoreError, UnsupportedModelError, closed_cache, forked_cache
 from attnpred.hf.call import CALL
-from attnpred.hf.choose import attend_near, check_budgets, make_policy, make_settings, make_sharing
+from attnpred.hf.choose import attend_near, check_budgets, described, make_policy, make_settings, make_sharing
 from attnpred.hf.closed import ClosedLayer
 from attnpred.hf.layer import TieredLayer, holds_tokens
 from attnpred.hf.modes import in_ordinary_mode
@@ -58,23 +58,24 @@ class TieredCache(Operations):
             model.generate(**inputs, cache=cache)
             cache.save("document.kv")  # and later, or elsewhere: TieredCache.load("document.kv", model)
 
-    saved: a file below the slow tier, for `load`.
+    model_config: the model's; config and overrides: settings, as `attach` takes them; saved: a file below the slow tier,
+    for `load`.
     """
 
     @in_ordinary_mode
     def __init__(
         self,
-        config: PreTrainedConfig,
+        model_config: PreTrainedConfig,
         *,
         policy: str | Policy[Any] = "predicted",
-        settings: CacheConfig | None = None,
+        config: CacheConfig | None = None,
         predictor: Predictor | str | Path | None = None,
         saved: Tier | None = None,
         **overrides: Any,
     ) -> None:
-        self.model_config = config.get_text_config(decoder=True)
+        self.model_config = model_config.get_text_config(decoder=True)
         refuse_unsupported(self.model_config)
-        self.settings = make_settings(settings, overrides)
+        self.settings = make_settings(config, overrides)
         self.policy = make_policy(policy, predictor, self.model_config, self.settings)
         check_budgets(self.model_config, self.settings)
         self.settings = attend_near(self.policy.settle(self.settings), self.policy)
@@ -84,7 +85,7 @@ class TieredCache(Operations):
             self.backing = open_backing(self.settings, pin=torch.cuda.is_available(), saved=saved)
             self.backing.users.add(self)
         self.counts: dict[int, telemetry.LayerCounts] = {}
-        stock = DynamicCache(config=config).layers
+        stock = DynamicCache(config=model_config).layers
         super().__init__(
             layers=[
                 TieredLayer(self._new_store(index), index) if is_served(layer) else layer
@@ -310,6 +311,11 @@ class TieredCache(Operations):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise StoreError("got a cache to pickle, expected cache.save(path): TieredCache.load(path, model) reads it")
+
+    def __repr__(self) -> str:
+        """Say what it does and holds, without waiting for anything."""
+        held = "closed" if self._is_closed else f"{self.get_seq_length()} tokens"
+        return f"TieredCache({described(self.policy, self.settings)}, {held})"
 
     def stats(self) -> dict[str, Any]:
         """Return counters per layer and in all (see `attnpred.telemetry`); averages are per decode step."""

@@ -29,6 +29,12 @@ def make_settings(settings: CacheConfig | None, overrides: dict[str, Any]) -> Ca
     return CacheConfig(**(known | overrides))
 
 
+def described(policy: Policy[Any], settings: CacheConfig) -> str:
+    """Return in a few words what a cache with these does, for a `repr`."""
+    where = "in fast memory" if settings.offload is None else f"offload={settings.offload!r}"
+    return f"{type(policy).__name__}, budget={settings.budget:.4g}, block_size={settings.block_size}, {where}"
+
+
 def fingerprint(config: PreTrainedConfig) -> str:
     """Return what a predictor's config names to say which model it was trained for."""
     text = config.get_text_config(decoder=True)

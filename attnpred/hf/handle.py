@@ -41,11 +41,12 @@ class Attached:
         self,
         model: PreTrainedModel,
         make_cache: Callable[[], TieredCache],
+        what: str,
         *,
         strict: bool,
         packing: Packing | None = None,
     ) -> None:
-        self._model, self._make_cache, self._strict = model, make_cache, strict
+        self._model, self._make_cache, self._what, self._strict = model, make_cache, what, strict
         self._packing = packing
         self._tally = Tally()
         self._said: set[str] = set()
@@ -209,6 +210,10 @@ class Attached:
     def reset_stats(self) -> None:
         """Forget the counters of earlier calls."""
         self._tally = Tally()
+
+    def __repr__(self) -> str:
+        detached = "" if self._ours else ", detached"
+        return f"Attached({type(self._model).__name__}, {self._what}{detached})"
 
     def __enter__(self) -> "Attached":
         return self

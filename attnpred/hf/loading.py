@@ -103,8 +103,8 @@ def _begin(
     ids = None if header.tokens is None else _tensor(file, header, TOKENS, HOST)
     kept = header.length if prefix is None else _in_common(prefix, ids, header, file.path)
     if not kept:
-        return _of(model, TieredCache(model.config, policy=policy, settings=settings))
-    cache = _of(model, TieredCache(model.config, policy=policy, settings=settings, saved=SavedTier(file)))
+        return _of(model, TieredCache(model.config, policy=policy, config=settings))
+    cache = _of(model, TieredCache(model.config, policy=policy, config=settings, saved=SavedTier(file)))
     try:
         _fill(cache, file, header, model.device)
     except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -56,7 +56,7 @@ class Reader:
         settings = policy.settle(settings)
         shares = settings.layer_groups is not None
         if len(ids) < self.short or shares or not is_carried(policy, settings):
-            cache = TieredCache(config, policy=policy, settings=settings)
+            cache = TieredCache(config, policy=policy, config=settings)
             self._feed(cache, tokens, self.report)
             return cache
         path = self.kept.path(self.model, ids, settings)
@@ -75,7 +75,7 @@ class Reader:
         text = tokens[:, : tokens.shape[1] - last_queries(settings)]
         size = estimate_for(self.model.config, settings, Full(), self.model.dtype, text.shape[1]).full
         refusal = self.kept.refusal(size)
-        with TieredCache(self.model.config, policy=Full(), settings=settings) as whole:
+        with TieredCache(self.model.config, policy=Full(), config=settings) as whole:
             self._feed(whole, text, self.report, self.chunk)
             if refusal is None:
                 try:
@@ -85,7 +85,7 @@ class Reader:
                     refusal = str(error)
             if self.kept.limit:
                 logger.warning("the text has to be read again the next time: %s", refusal)
-            cache = TieredCache(self.model.config, policy=policy, settings=settings)
+            cache = TieredCache(self.model.config, policy=policy, config=settings)
             carry_over(whole, cache)
         self._feed(cache, tokens[:, text.shape[1] :])
         return cache

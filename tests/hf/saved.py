@@ -51,7 +51,7 @@ def saved(path: Path, policy: str = "ema", settings: CacheConfig = SMALL, batch:
     cache = TieredCache(
         tiny_model("llama").config,
         policy="predicted" if policy == "cnn" else separators(policy),
-        settings=settings,
+        config=settings,
         predictor=predictor_of(policy),
     )
     logits(cache, prompt(batch, LENGTH), *singles(3, batch, 10))

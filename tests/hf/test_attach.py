@@ -228,7 +228,7 @@ def test_the_old_default_of_gemma_checkpoints_does_not_rule_our_cache_out(monkey
 def test_a_cache_without_an_attached_model_is_right_and_dense_and_says_so_once(
     model: PreTrainedModel, stock: Tensor, said: Callable[[], list[str]]
 ) -> None:
-    cache = TieredCache(model.config, policy="ema", settings=SMALL)
+    cache = TieredCache(model.config, policy="ema", config=SMALL)
     assert torch.equal(greedy(model, TOKENS, 8, cache=cache), stock)
     total = cache.stats()["total"]
     assert total["fallbacks"] == total["steps"] == 3 * 7 and total["dense"] == {NOT_ATTACHED: 3 * 7}
@@ -237,7 +237,7 @@ def test_a_cache_without_an_attached_model_is_right_and_dense_and_says_so_once(
 
 
 def test_a_cache_without_an_attached_model_is_an_error_under_strict(model: PreTrainedModel) -> None:
-    cache = TieredCache(model.config, policy="ema", settings=SMALL, strict=True)
+    cache = TieredCache(model.config, policy="ema", config=SMALL, strict=True)
     with pytest.raises(NotSparseError, match=r"attnpred\.attach\(model\)"):
         greedy(model, TOKENS, 8, cache=cache)
 
@@ -252,13 +252,13 @@ def test_a_cache_goes_on_when_its_model_is_attached_and_detached(model: PreTrain
                 handle.detach()
         return tokens
 
-    cache = TieredCache(model.config, policy="ema", settings=COVERING)
+    cache = TieredCache(model.config, policy="ema", config=COVERING)
     assert torch.equal(turns(cache, False, True, False, True), turns(DynamicCache(config=model.config), *[False] * 4))
     assert cache.stats()["layers"][0]["sparse_steps"] == 8
 
 
 def test_another_cache_runs_on_the_model_of_a_cache_that_was_used_unattached(model: PreTrainedModel) -> None:
-    cache = TieredCache(model.config, policy="ema", settings=SMALL)
+    cache = TieredCache(model.config, policy="ema", config=SMALL)
     stock = greedy(model, TOKENS, 8, cache=cache)
     with attnpred.attach(model, policy="ema", config=SMALL):
         assert torch.equal(greedy(model, TOKENS, 8, cache=DynamicCache(config=model.config)), stock)
@@ -491,3 +491,16 @@ def test_a_detached_model_is_not_kept_alive() -> None:
     del model
     gc.collect()
     assert alive() is None
+
+
+def test_handle_and_cache_say_what_they_do() -> None:
+    model = tiny_model("llama")
+    what = "Ema, budget=64, block_size=4, in fast memory"
+    with attnpred.attach(model, policy="ema", config=SMALL) as attached:
+        assert repr(attached) == f"Attached(LlamaForCausalLM, {what})"
+        cache = attached.new_cache()
+        model(prompt(1, 20), cache=cache)
+        assert repr(cache) == f"TieredCache({what}, 20 tokens)"
+        cache.close()
+        assert repr(cache) == f"TieredCache({what}, closed)"
+    assert repr(attached) == f"Attached(LlamaForCausalLM, {what}, detached)"

@@ -189,7 +189,7 @@ def test_with_a_slow_tier_it_equals_one_without(
 ) -> None:
     """In all bits. Rows alone are forks, which share blocks in the tier; with others they differ by rounding errors."""
     model, how = tiny_model("llama"), {"policy": policy, "predictor": None}
-    stock = attnpred.TieredCache(model.config, settings=SMALL, **how)
+    stock = attnpred.TieredCache(model.config, config=SMALL, **how)
     with attnpred.attach(model, config=offloaded(SMALL, offload, folder), **how) as attached:
         cache = attached.new_cache()
         if alone:
@@ -275,7 +275,7 @@ def test_a_crop_forgets_what_was_seen_of_the_removed_blocks(small: attnpred.Cach
 
 
 def test_a_crop_to_a_length_is_refused() -> None:
-    cache = TieredCache(tiny_model("llama").config, policy="ema", settings=SMALL)
+    cache = TieredCache(tiny_model("llama").config, policy="ema", config=SMALL)
     with pytest.raises(ConfigError, match=r"got crop\(3\), expected 0 or less"):
         cache.crop(3)
 
@@ -300,6 +300,6 @@ def test_a_layer_keeps_no_second_copy_of_its_keys(small: attnpred.CacheConfig) -
 
 
 def test_a_cache_says_that_it_cannot_be_offloaded_by_transformers() -> None:
-    cache = TieredCache(tiny_model("llama").config, policy="ema", settings=SMALL)
+    cache = TieredCache(tiny_model("llama").config, policy="ema", config=SMALL)
     with pytest.raises(ConfigError, match=r"DynamicCache\(offloading=True\)"):
         cache.offload(0)

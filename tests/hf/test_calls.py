@@ -254,7 +254,7 @@ def test_a_gradient_through_a_past_is_refused_and_its_numbers_are_right(
         want = model(TOKENS).logits[:, -tokens:]
     handle = attnpred.attach(model, policy="ema", config=COVERING) if is_attached else None
     try:
-        cache = TieredCache(model.config, policy="ema", settings=COVERING)
+        cache = TieredCache(model.config, policy="ema", config=COVERING)
         model(TOKENS[:, :-tokens], **cache_argument(cache))
         logits = model(TOKENS[:, -tokens:], **cache_argument(cache)).logits
         torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)

@@ -50,7 +50,7 @@ def test_with_the_whole_budget_it_is_stock(family: str, policy: str, config: att
 def test_below_it_memory_is_free_and_the_budget_holds(policy: str, block: int) -> None:
     model, config = tiny_model("llama"), replace(SMALL, block_size=block)
     with attnpred.attach(model, policy=separators(policy), config=config) as attached:
-        cache, kept = attached.new_cache(), TieredCache(model.config, policy="ema", settings=config)
+        cache, kept = attached.new_cache(), TieredCache(model.config, policy="ema", config=config)
         got = greedy(model, prompt(2, 400), NEW, cache=cache)
         greedy(model, prompt(2, 400), NEW, cache=kept)
     assert not torch.equal(got, greedy(model, prompt(2, 400), NEW)), "the budget must matter, or this proves nothing"
@@ -113,7 +113,7 @@ def test_freeing_changes_no_token(family: str, policy: str, way: Callable[..., T
     model, found = tiny_model(family), []
     with attnpred.attach(model, policy=separators(policy), config=SMALL):
         for config in (SMALL, replace(SMALL, measure_recovery=True)):
-            cache = TieredCache(model.config, policy=separators(policy), settings=config)
+            cache = TieredCache(model.config, policy=separators(policy), config=config)
             found.append(way(model, cache))
             freed = [layer.store for layer in cache.layers if isinstance(getattr(layer, "store", None), EvictingPool)]
             assert bool(freed) != config.measure_recovery
@@ -153,7 +153,7 @@ def test_operations(
     model, batch = tiny_model("llama"), 2
     with attnpred.attach(model, policy=separators(policy), config=SMALL):
         pair = [
-            TieredCache(model.config, policy=separators(policy), settings=replace(SMALL, measure_recovery=kept))
+            TieredCache(model.config, policy=separators(policy), config=replace(SMALL, measure_recovery=kept))
             for kept in (False, True)
         ]
         for place, (name, argument) in enumerate([("feed", first), *operations, ("feed", 1), ("feed", 1)]):

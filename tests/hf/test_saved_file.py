@@ -62,7 +62,7 @@ from tests.hf.support import SMALL
 from tests.models import tiny_model
 
 model = tiny_model("llama")
-cache = TieredCache(model.config, policy="ema", settings=SMALL)
+cache = TieredCache(model.config, policy="ema", config=SMALL)
 for layer in range(3):
     cache.update(torch.ones(1, 2, 90, 8), torch.ones(1, 2, 90, 8), layer)
 path, put = Path(sys.argv[1]), safetensors_file.put
@@ -264,13 +264,13 @@ def test_files_that_are_no_caches_are_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
-    cache = TieredCache(tiny_model("llama").config, policy="ema", settings=SMALL)
+    cache = TieredCache(tiny_model("llama").config, policy="ema", config=SMALL)
     with pytest.raises(CacheFileError, match="got an empty cache, expected one that holds tokens"):
         cache.save(tmp_path / "a.kv")
     with attached("ema"):
         with pytest.raises(ShapeError, match=r"got tokens of shape \(2, 92\), expected \(2, 93\) or longer"):
             saved(tmp_path / "a.kv", tokens=prompt(2, LENGTH + 2))
-        cache = TieredCache(tiny_model("llama").config, policy="ema", settings=SMALL)
+        cache = TieredCache(tiny_model("llama").config, policy="ema", config=SMALL)
         logits(cache, prompt(1, 20))
     cache.layers[1] = object()  # type: ignore[call-overload]
     with pytest.raises(CacheFileError, match="got a cache layer of type object, expected keys and values"):
@@ -287,7 +287,7 @@ def test_limits_hold_for_what_is_loaded(tmp_path: Path) -> None:
         load(tmp_path / "a.kv", **limited).admit(
             LENGTH + 30, 2, torch.float32
         )  # what lies in the file is not host memory
-        fresh = TieredCache(tiny_model("llama").config, policy="ema", settings=replace(SMALL, **limited))
+        fresh = TieredCache(tiny_model("llama").config, policy="ema", config=replace(SMALL, **limited))
         shorter, longer = load(tmp_path / "a.kv", **limited), load(tmp_path / "a.kv", **limited)
         shorter.crop(-60)
         for cache, length in ((fresh, LENGTH + 30), (shorter, LENGTH + 30), (longer, 2 * LENGTH)):

@@ -27,7 +27,7 @@ POLICIES = ["last_step", "ema", "predicted"]
 def after_prompt(model: PreTrainedModel, policy: str, settings: attnpred.CacheConfig, batch: int = 2) -> TieredCache:
     """Return a cache, of the attached `model`, that has seen a prompt of 101 tokens."""
     chosen = Predicted() if policy == "predicted" else policy
-    cache = TieredCache(model.config, policy=chosen, settings=settings)
+    cache = TieredCache(model.config, policy=chosen, config=settings)
     model(prompt(batch, 101), cache=cache)
     return cache
 

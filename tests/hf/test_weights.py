@@ -212,11 +212,11 @@ def test_marking_leaves_everything_as_it_was(tmp_path: Path) -> None:
 def test_a_cache_knows_the_attached_model_that_filled_it(tmp_path: Path) -> None:
     mine, tokens = model(), prompt(1, 40)
     with attnpred.attach(mine, policy="ema", config=SMALL) as handle:
-        by_hand = TieredCache(mine.config, policy="ema", settings=SMALL)
+        by_hand = TieredCache(mine.config, policy="ema", config=SMALL)
         mine(tokens, cache=by_hand)
         embedded = handle.new_cache()
         mine(inputs_embeds=mine.get_input_embeddings()(tokens).detach(), cache=embedded)
-        generated = TieredCache(mine.config, policy="ema", settings=SMALL)
+        generated = TieredCache(mine.config, policy="ema", config=SMALL)
         mine.generate(tokens, cache=generated, max_new_tokens=2)
     for cache in (by_hand, by_hand.fork(), embedded, generated):
         assert cache.model is not None and cache.model() is mine
@@ -226,7 +226,7 @@ def test_a_cache_knows_the_attached_model_that_filled_it(tmp_path: Path) -> None
 
 def test_a_cache_of_an_unknown_model_is_saved_with_it(tmp_path: Path) -> None:
     mine = model()
-    cache = TieredCache(mine.config, policy="ema", settings=SMALL)
+    cache = TieredCache(mine.config, policy="ema", config=SMALL)
     mine(prompt(1, 40), **cache_argument(cache))  # not attached
     with pytest.raises(
         CacheFileError, match=r"^got a cache of a model that is not known .*: save\(path, model=model\)$"

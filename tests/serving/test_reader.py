@@ -46,7 +46,7 @@ def steps(cache: TieredCache, family: str = "llama") -> torch.Tensor:
 
 @torch.no_grad()
 def in_one_call(policy: str, family: str = "llama", settings: CacheConfig = SMALL) -> torch.Tensor:
-    cache = TieredCache(tiny_model(family).config, policy=made(policy, family, settings), settings=settings)
+    cache = TieredCache(tiny_model(family).config, policy=made(policy, family, settings), config=settings)
     tiny_model(family)(torch.tensor([IDS]), cache=cache, use_cache=True)
     return steps(cache, family)
 

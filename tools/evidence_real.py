@@ -15,16 +15,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
 
 from attnpred.config import CacheConfig
 from attnpred.evaluation.grid import Grid, attempt, full_of, left_over
+from attnpred.evaluation.inputs import with_inputs
 from attnpred.evaluation.plan import FULL, Cell, Plan, TaskWord
 from attnpred.evaluation.rows import Row, RowsFile
 from attnpred.evaluation.session import Readings
 from attnpred.evaluation.tasks import Example, Task
 from attnpred.evaluation.variants import parse_variant
-from attnpred.hf import load_model
+from attnpred.hf import load_model, source_of
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results" / "real.jsonl"
 FEW, LEADING = "predicted ema quest snapkv streaming", "predicted ema quest"
@@ -112,6 +117,12 @@ def chance(task: Task, examples: Sequence[Example]) -> float:
     return statistics.fmean(task.score(" ".join(other.answers[:1]), question) for question, other in asked)
 
 
+@lru_cache
+def tokenizer_of(model: str) -> Any:
+    """Return the tokenizer of a model by name."""
+    return AutoTokenizer.from_pretrained(source_of(model))
+
+
 def can(row: Row) -> bool:
     """Return whether the full cache is above chance in `row`."""
     return bool(row["lower_is_better"] or row["interval"][0] > row.get("chance", 0.0))
@@ -119,7 +130,7 @@ def can(row: Row) -> bool:
 
 def measure(run: Run, file: RowsFile, until: float, files: Path | None = None) -> bool:
     """Measure what is left of `run`; return whether there was time for all of it."""
-    plan, grid = run.plan(files), None
+    plan, grid = with_inputs(run.plan(files), tokenizer_of(run.model)), None
     for cells in groups(plan):
         for cell in cells:
             full = [row for row in file.rows if _is_full(row, plan, cells[0])]
@@ -146,7 +157,7 @@ def _tell(run: Run, cell: Cell, what: str) -> None:
 
 def _is_full(row: Row, plan: Plan, cell: Cell) -> bool:
     key = plan.key(cell)
-    return all(row[name] == key[name] for name in ("model", "policy", "task", "length", "seed"))
+    return all(row.get(name) == key[name] for name in ("model", "policy", "task", "length", "seed", "inputs"))
 
 
 def main(arguments: list[str]) -> int:

@@ -143,11 +143,11 @@ def _measure(plan: Any, file: Any, devices: list[str]) -> int:
     from attnpred.evaluation.workers import run_on_devices
     from attnpred.hf import load_model
 
-    cells, total = left_over(plan, file.rows), len(plan.cells())
     failed, problem = 0, None
-    # The first device checks the documents, and does the work if it is the only one.
+    # The first device makes all documents once, and does the work if it is the only one.
     grid = Grid(plan, *load_model(plan.model, device=devices[0] if devices else None, dtype=plan.dtype))
-    grid.check_documents()
+    grid.check_policies()
+    cells, total = left_over(grid.plan, file.rows), len(plan.cells())
     with tqdm(total=total, initial=total - len(cells), unit="cell", file=sys.stderr) as bar:
 
         def done(cell: Any, why: str | None) -> None:
@@ -168,7 +168,7 @@ def _measure(plan: Any, file: Any, devices: list[str]) -> int:
                 )
 
         if len(devices) > 1:
-            run_on_devices(plan, file, cells, devices, done)
+            run_on_devices(grid.plan, file, cells, devices, done)
         else:
             run_cells(grid, file, cells, done)
     return failed

@@ -18,12 +18,13 @@ import torch
 from attnpred import hf
 from attnpred.config import CacheConfig
 from attnpred.errors import AttnpredError, ConfigError
+from attnpred.evaluation.inputs import documents, with_inputs
 from attnpred.evaluation.plan import FULL, Cell, Plan, TaskWord, plain
 from attnpred.evaluation.provenance import provenance
 from attnpred.evaluation.rows import Row, RowsFile, as_json, key_of
 from attnpred.evaluation.session import PolicySession, Readings
 from attnpred.evaluation.statistics import bootstrap, difference
-from attnpred.evaluation.tasks import Example, Measured, Wanted
+from attnpred.evaluation.tasks import Example, Measured
 from attnpred.evaluation.variants import parse_variant
 from attnpred.policies.base import Policy
 
@@ -49,28 +50,25 @@ def config_of(plan: Plan, cell: Cell) -> CacheConfig:
 
 @final
 class Grid:
-    """A plan on one device: the model, packed for good if the plan says so, the documents made last, and what was read."""
+    """A plan on one device: the model, packed for good if the plan says so, the documents made last, and what was read.
+
+    plan: the one that was given, its inputs named. Raises `ConfigError` if a task cannot make its documents.
+    """
 
     def __init__(self, plan: Plan, model: Any, tokenizer: Any, readings: Readings | None = None) -> None:
-        self.plan, self.model, self.tokenizer, self.readings = plan, model, tokenizer, readings
+        self.plan, self.model, self.tokenizer = with_inputs(plan, tokenizer), model, tokenizer
+        self.readings = readings
         self._examples: tuple[TaskWord, int, list[Example]] | None = None
         if plan.weights is not None:
             hf.pack_weights(model, plan.weights)
         self._made_by = provenance(str(model.device))
 
-    def check_documents(self) -> None:
-        """Make all documents once, and attach every policy once. Raises `AttnpredError`: nothing long has begun yet."""
-        for task in self.plan.tasks:
-            for length in self.plan.lengths:
-                task.make().examples(self.tokenizer, self._wanted(task, length))
+    def check_policies(self) -> None:
+        """Attach every policy once. Raises `AttnpredError`: nothing long has begun yet."""
         for cell in self.plan.cells():
             if cell.length == self.plan.lengths[0] and cell.task == self.plan.tasks[0]:
                 policy, settings = cell.variant.make(self.model.config, config_of(self.plan, cell))
                 hf.attach(self.model, policy=policy, config=settings).detach()
-
-    def _wanted(self, task: TaskWord, length: int) -> Wanted:
-        wanted = self.plan.wanted(task, length)
-        return dataclasses.replace(wanted, chat=wanted.chat and bool(self.tokenizer.chat_template))
 
     def rows(self, cell: Cell, full: Sequence[Row] = ()) -> list[Row]:
         """Measure a cell; return its rows, compared with those of the full cache. Raises `AttnpredError`."""
@@ -94,7 +92,7 @@ class Grid:
         """Return the documents of a cell's task and length, prepared with the full cache."""
         if self._examples is None or self._examples[:2] != (cell.task, cell.length):
             task = cell.task.make()
-            made = task.examples(self.tokenizer, self._wanted(cell.task, cell.length))
+            made = documents(self.plan, self.tokenizer, cell.task, cell.length)
             policy, settings = parse_variant(FULL).make(self.model.config, config_of(self.plan, cell))
             session = PolicySession(self.model, self.tokenizer, policy, settings, self.readings)
             with contextlib.nullcontext() if task.replays else session:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Plan:
 
     full: measure the full cache beside everything. recovery: measure attention recovery apart. config: of every policy,
     unless its word says otherwise; the budget is the cell's. dtype: of the weights; weights: what they are packed in.
+    inputs: the hash of the documents of each task and length (`attnpred.evaluation.inputs`), which a key needs.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Plan:
     chat: bool = False
     full: bool = True
     recovery: bool = False
+    inputs: Mapping[tuple[str, int], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checks.seed(self.seed)
@@ -129,7 +131,7 @@ class Plan:
         return {name: plain(getattr(self, name)) for name in names} | asked | {"config": config}
 
     def key(self, cell: Cell) -> dict[str, Any]:
-        """Return the part of a row that names its cell (`attnpred.evaluation.rows.KEY`)."""
+        """Return the part of a row that names its cell (`attnpred.evaluation.rows.KEY`); the inputs have to be known."""
         return {
             "model": self.model,
             "policy": cell.variant.label,
@@ -138,6 +140,7 @@ class Plan:
             "length": cell.length,
             "seed": self.seed,
             "settings": self.settings(),
+            "inputs": self.inputs[cell.task.word, cell.length],
         }
 
 

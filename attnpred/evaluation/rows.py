@@ -28,15 +28,15 @@ except ImportError:  # Windows: nothing keeps a second run away
     fcntl = None  # type: ignore[assignment]
 
 Row = dict[str, Any]
-KEY = ("model", "policy", "budget", "task", "length", "seed", "settings")
+KEY = ("model", "policy", "budget", "task", "length", "seed", "settings", "inputs")
 """What names a cell: a row with the same is not measured again."""
 BEGINNING = b'{"model": '
-NEEDED = (*KEY, "metric", "value", "n", "part", "parts")
+NEEDED = (*KEY[:-1], "metric", "value", "n", "part", "parts")
 
 
 def key_of(row: Row) -> str:
-    """Return the cell of a row as text."""
-    return json.dumps([row[name] for name in KEY], sort_keys=True)
+    """Return the cell of a row as text. A row that names no inputs, as none did at first, is of no cell of a plan."""
+    return json.dumps([row.get(name) for name in KEY], sort_keys=True)
 
 
 @final

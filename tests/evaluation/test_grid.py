@@ -18,6 +18,7 @@ from attnpred.cli.main import main
 from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 from attnpred.evaluation.grid import Grid, attempt, left_over, run_cells
+from attnpred.evaluation.inputs import with_inputs
 from attnpred.evaluation.plan import Plan, parse_task, parse_tasks
 from attnpred.evaluation.rows import RowsFile, load_rows
 from attnpred.evaluation.suites import SUITES
@@ -31,7 +32,7 @@ CONFIG = CacheConfig(budget=1.0, num_sink_tokens=16, recent_window=16, dense_lay
 PROMISED = (
     "model policy budget task length metric value n seed recovery recovery_ratio fast_bytes ms_per_token interval items "
     "against_full bytes_per_step slow_bytes compression tokens_attended hit_rate prefill_seconds granularity kind versions "
-    "commit machine dtype config policy_fields seconds settings"
+    "commit machine dtype config policy_fields seconds settings inputs"
 ).split()
 
 
@@ -111,13 +112,13 @@ def test_rows_say_what_made_them_and_compare_item_by_item(demo: tuple[Any, Any],
     file = RowsFile(tmp_path / "rows.jsonl")
     made = plan(text, "facts4,perplexity,agreement", recovery=True, budgets=(0.4,))
     grid = Grid(made, *demo)
-    grid.check_documents()
+    grid.check_policies()
     failed = []
     with file.claimed():
         run_cells(grid, file, made.cells(), lambda cell, why: failed.append(why))
     assert failed == [None] * 6
     rows = load_rows(file.path)
-    assert len(rows) == 6 and left_over(made, rows) == []
+    assert len(rows) == 6 and left_over(grid.plan, rows) == []
     for full, row in zip(rows[::2], rows[1::2], strict=True):
         assert set(PROMISED) <= set(full) == set(row)
         assert (full["policy"], row["policy"], full["against_full"]) == ("full", "streaming", None)
@@ -136,8 +137,8 @@ def test_rows_say_what_made_them_and_compare_item_by_item(demo: tuple[Any, Any],
     assert same["value"] == pytest.approx(0, abs=1e-5) and same["items"][0]["labels"]["first_divergence"] is None
     # an answer is there, cut; other settings are other rows
     assert all(item["text"] and len(item["text"]) <= 200 for item in rows[0]["items"])
-    assert len(left_over(plan(text, "facts4", seed=1, recovery=True), rows)) == 3
-    assert len(left_over(plan(text, "facts4", recovery=False), rows)) == 3
+    for other in (plan(text, "facts4", seed=1, recovery=True), plan(text, "facts4", recovery=False)):
+        assert len(left_over(with_inputs(other, demo[1]), rows)) == 3
 
 
 def test_a_cell_is_compared_with_the_full_row_of_an_earlier_run(
@@ -163,7 +164,8 @@ def test_rows_of_packed_weights_are_other_rows(demo: tuple[Any, Any], text: str)
         (row,) = grid.rows(made.cells()[0])
         values.append(row["value"])
         assert row["settings"].get("weights") == weights
-        assert bool(left_over(plan(text, "perplexity", "full"), [row])) == (weights is not None)
+        plain = with_inputs(plan(text, "perplexity", "full"), demo[1])
+        assert bool(left_over(plain, [row])) == (weights is not None)
     assert values[0] != values[1] == pytest.approx(values[0], rel=0.2)
 
 

@@ -84,7 +84,8 @@ class Chooser:
         """A dense call of so many tokens: what was chosen before it counts no more."""
         if mask is not None:  # rows are padded on the left: remember in which block each begins
             first = mask[:, -1].int().argmax(-1) // self.config.block_size
-            self.first_block = first.expand(store.batch)  # one mask may serve all rows, until beams make them differ
+            # One mask may serve all rows, until beams make them differ; that of a chunk of a prompt pads nothing.
+            self.first_block = first.expand(store.batch) if bool(first.any()) else None
         self.pending = self.attended = None
         if self.policy.keeps_decoded and (queries > 1 or store.length == 1):  # a prompt, or a part of one
             self.settled = zone_at(self.config, store.length)

@@ -59,6 +59,8 @@ class LayerDecoder:
                 )
         self.chooser = Chooser(config, policy, counts, layer, self.memory)
         self.dense = DenseCalls(config, policy, self.memory, self.chooser)
+        self.plan: Any = None
+        """How its steps are compiled, if they are (`attnpred.plan`)."""
 
     @property
     def left(self) -> Left:
@@ -208,6 +210,7 @@ class LayerDecoder:
 
     def clear(self) -> None:
         """Forget the sequence."""
+        self.plan = None
         self.memory.clear()
         self.chooser.clear()
 
@@ -227,11 +230,13 @@ class LayerDecoder:
 
     def select(self, rows: Tensor) -> None:
         """Make the batch `rows` of the old one (beams)."""
+        self.plan = None
         self.memory.select(rows)
         self.chooser.select_rows(rows)
 
     def repeat(self, times: int) -> None:
         """Repeat each batch row `times` times."""
+        self.plan = None
         self.memory.repeat(times)
         self.chooser.repeat(times)
 

@@ -11,7 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from attnpred.kernels.numba_tools import compiled, pointer, share_out, take, threads
+from attnpred.kernels.numba_tools import compiled, fork, pointer, take, threads
 
 TAKEN, WORDS, PLACES, COUNT, WORDS_PER_PIECE, AT_ONCE, SUM = range(7)
 AHEAD = 4
@@ -83,7 +83,7 @@ def _pieces(data: Any) -> None:
 
 @compiled("void(int64, int64, int64, int64[::1])")
 def _read(parallel: int, count: int, work: int, fields: Any) -> None:
-    share_out(parallel, count, work, fields.ctypes.data)
+    fork(parallel, count, work, fields.ctypes.data)
     fields[TAKEN] = 0
 
 

@@ -17,6 +17,7 @@ LAYERS = (  # highest first; those on one line never import each other
     ("evaluation", "report", "serving"),
     ("capture",),
     ("hf",),
+    ("plan",),
     ("decode", "sharing"),
     ("dense_calls",),
     ("choosing",),

@@ -256,16 +256,22 @@ class TieredCache(Operations):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self.require_usable()
-        if layer_idx == self._first:  # where every call begins
-            self.require_whole()
-            self._note_model()
+        if layer_idx == self._first:
+            self.begin_call()
+        else:
+            self.require_usable()
         LAST_UPDATED.set(weakref.ref(self))
-        self.tokens = None  # it holds more now
         if type(self.layers[layer_idx]) is TieredLayer:
             kwargs["cache"] = self
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
+
+    def begin_call(self) -> None:
+        """A call of the model begins, which adds tokens. Raises `StoreError`."""
+        self.require_usable()
+        self.require_whole()
+        self._note_model()
+        self.tokens = None  # it holds more now
 
     def _note_model(self) -> None:
         """Note which attached model it is that updates the cache, for `save`."""

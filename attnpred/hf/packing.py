@@ -4,7 +4,7 @@ Each plain `nn.Linear`, the language-model head too, gets a `forward` of its own
 taken away again. Its weight stays where it is, untouched: it comes back bit for bit, and memory grows by the packed copy.
 What the copy stands for is the model meanwhile, for prompts as well: there the matrix is unpacked piece by piece, and torch
 multiplies. Projections that read the same input (`FUSED`) are one call (`attnpred.hf.packed_forward`), and layers of known
-families are two (`attnpred.hf.compiled_layer`).
+families are two (`attnpred.hf.compiled_layer`), all of them together one (`attnpred.hf.compiled_stack`).
 
 The language-model head never has less than 8 bits: in 4 it costs SmolLM2 0.07 nats a token, all other layers together
 next to nothing (docs/LOG.md).
@@ -42,6 +42,7 @@ class Packing:
         self.kind, self.bytes, self.left = kind, 0, Counter[str]()
         self._layers: list[nn.Linear] = []
         self._compiled: list[tuple[nn.Module, Any]] = []
+        self._stack: list[tuple[nn.Module, Any]] = []
         self._head = model.get_output_embeddings()
         adapted = {id(part) for part in adapters(model)}
         try:
@@ -75,14 +76,20 @@ class Packing:
         fits = self.kind != AS_THEY_ARE or (layer.out_features >= 4 and layer.in_features % 16 == 0)
         return _is_plain(layer) and fits
 
-    def _compile(self, model: nn.Module) -> None:
+    def _compile(self, model: PreTrainedModel) -> None:
         from attnpred.hf.compiled_layer import compiled_forward
+        from attnpred.hf.compiled_stack import compiled_stack
 
         for module in model.modules():
             found = compiled_forward(module)
             if found is not None:
                 vars(module)["forward"] = found
                 self._compiled.append((module, found))
+        decoder = model.get_decoder()
+        stack = compiled_stack(decoder)
+        if stack is not None:
+            vars(decoder)["forward"] = stack
+            self._stack.append((decoder, stack))
 
     def _count_left(self, module: nn.Module, adapted: set[int]) -> None:
         if isinstance(module, nn.Linear):
@@ -96,21 +103,25 @@ class Packing:
     def stats(self) -> dict[str, Any]:
         """Return how many layers are packed in how many bytes, and how many with a matrix were left, by their class.
 
-        compiled: steps of whole decoder layers that were compiled calls; hooked: those that were stock for a hook's sake.
+        compiled: steps of whole decoder layers that were compiled calls; hooked: those that were stock for a hook's sake;
+        tokens: calls of the model whose layers were one compiled call; apart: steps that were not, by the reason.
         """
         steps, hooked = (sum(getattr(found, name) for _, found in self._compiled) for name in ("steps", "hooked"))
+        tokens = sum(stack.tokens for _, stack in self._stack)
+        apart = dict(sum((stack.apart for _, stack in self._stack), Counter()))
         packed = {"kind": self.kind, "layers": len(self._layers), "bytes": self.bytes, "left": dict(self.left)}
-        return packed | {"compiled": steps, "hooked": hooked}
+        compiled = steps + tokens * len(self._compiled)
+        return packed | {"compiled": compiled, "hooked": hooked, "tokens": tokens, "apart": apart}
 
     def changed(self) -> list[nn.Module]:
         """Return the modules that have a `forward` of ours."""
-        return [*self._layers, *(module for module, _ in self._compiled)]
+        return [*self._layers, *(module for module, _ in self._compiled + self._stack)]
 
     def undo(self) -> None:
         """Give the model back as it was; a second call does nothing."""
         for module in self.changed():
             vars(module).pop("forward", None)
-        self._layers, self._compiled = [], []
+        self._layers, self._compiled, self._stack = [], [], []
 
     def __enter__(self) -> "Packing":
         return self

@@ -20,7 +20,7 @@ UNIT = 16
 """Tokens of a dense call that are taken as one block."""
 
 
-def _fields(
+def item_fields(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, length: int, size: int, count: int, per_item: int,
     selecting: int, ids: int = 0, slots: int = 0,
 ) -> Any:  # fmt: skip
@@ -66,7 +66,7 @@ def sparse_decode(
     maxima = torch.empty(batch, selecting, chosen, dtype=torch.float32, device="cpu")
     extra = None if sinks is None else sinks.float()
     mask = None if mask is None else _in_one_piece(mask)
-    fields = _fields(
+    fields = item_fields(
         asked, keys, values, mask, length, block_size, chosen, max(1, ITEM_TOKENS // block_size), selecting,
         address(ids, torch.int64), address(places, torch.int64),
     )  # fmt: skip
@@ -106,7 +106,7 @@ def dense_parts(
     asked = _readable(query)
     count = -(-tokens // UNIT)
     mask = None if mask is None else _in_one_piece(mask)
-    fields = _fields(asked, keys, values, mask, tokens, UNIT, count, piece // UNIT, kv_heads)
+    fields = item_fields(asked, keys, values, mask, tokens, UNIT, count, piece // UNIT, kv_heads)
     rows, quads, items = batch * kv_heads, -(-heads // kv_heads // 4), int(fields[work.ITEMS])
     maxima, found = (
         torch.empty(rows, quads, count, 4, dtype=torch.float32, device="cpu"),

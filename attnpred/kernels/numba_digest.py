@@ -23,7 +23,8 @@ from torch import Tensor
 from attnpred.kernels.digest import digest_shares_reference
 from attnpred.kernels.numba_codes import VECTORS, finish_row, item, round_row
 from attnpred.kernels.numba_stream import choose_row, weigh_row
-from attnpred.kernels.numba_tools import address, compiled, pointer, share_out, take, threads, widen
+from attnpred.kernels.numba_team import share_out
+from attnpred.kernels.numba_tools import address, compiled, pointer, take, threads, widen
 
 _PAYS = 1 << 16
 """Bytes of codes from which on it pays to have several threads."""
@@ -139,8 +140,10 @@ def _do_heads(data: Any) -> None:
             choose_row(scores[:middle].view(np.int32), sinks, first_recent, f[ZONE_BLOCKS], free, out)
 
 
-@compiled("void(int64, int64, int64, int64, int64, int64[::1])")
-def _run(parallel: int, count: int, do_rows: int, do_items: int, do_heads: int, f: Any) -> None:
+@numba.njit
+def select(parallel: int, count: int, do_rows: int, do_items: int, do_heads: int, f: Any) -> None:
+    """Do all of it, by what the fields say; the functions are those of `WORKS`."""
+    f[MOST_ITEMS] = 0
     rows, quads, blocks = f[ROWS], f[QUADS], f[BLOCKS]
     rounded = np.empty(rows * quads * ((f[RANK] // 2 + 15) // 16) * 512, np.int8)
     scales, starts = np.empty(rows * quads * 16, np.float32), np.zeros(rows + 1, np.int64)
@@ -160,6 +163,14 @@ def _run(parallel: int, count: int, do_rows: int, do_items: int, do_heads: int, 
         share_out(parallel, count, work, f.ctypes.data)
     # Numba frees an array after its last use that it sees; what the threads read it does not see.
     rounded[0] = scales[0] = starts[0] = sums[0] = found[0] = f[TAKEN] = 0
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64[::1])")
+def _run(parallel: int, count: int, do_rows: int, do_items: int, do_heads: int, f: Any) -> None:
+    select(parallel, count, do_rows, do_items, do_heads, f)
+
+
+WORKS = (_do_rows, _do_items, _do_heads)
 
 
 class Prepared(NamedTuple):
@@ -220,7 +231,7 @@ def _call(
         np.int64,
     )  # fmt: skip
     pays = blocks * prepared.block_bytes >= _PAYS
-    _run(*threads(pays), _do_rows.address, _do_items.address, _do_heads.address, fields)
+    _run(*threads(pays), *(work.address for work in WORKS), fields)
     return estimate
 
 

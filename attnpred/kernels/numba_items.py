@@ -19,7 +19,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from attnpred.kernels.numba_tools import compiled, narrow, pointer, share_out, take, widen
+from attnpred.kernels.numba_team import share_out
+from attnpred.kernels.numba_tools import compiled, narrow, pointer, take, widen
 from attnpred.kernels.numba_vectors import NONE, add_weighted, dots, powers
 
 LOG2E = math.log2(math.e)
@@ -229,8 +230,8 @@ def _merge(fields: Any, sinks: int, output: int, normaliser: int, blocks: int) -
     shares[0:1] = zeros[:1] = 0
 
 
-@compiled("void(int64, int64, int64, int64[::1], float32, float32, int64, int64, int64, int64)")
-def decode(
+@numba.njit
+def decode_all(
     parallel: int, count: int, work: int, fields: Any, scale: Any, softcap: Any, sinks: int, output: int,
     normaliser: int, blocks: int,
 ) -> None:  # fmt: skip
@@ -247,6 +248,14 @@ def decode(
     if wide.size:
         narrow(wide, output)
     maxima[0, 0, 0, 0] = tops[0, 0, 0, 0] = sums[0, 0, 0, 0] = found[0, 0, 0, 0, 0] = 0  # they were in use until here
+
+
+@compiled("void(int64, int64, int64, int64[::1], float32, float32, int64, int64, int64, int64)")
+def decode(
+    parallel: int, count: int, work: int, fields: Any, scale: Any, softcap: Any, sinks: int, output: int,
+    normaliser: int, blocks: int,
+) -> None:  # fmt: skip
+    decode_all(parallel, count, work, fields, scale, softcap, sinks, output, normaliser, blocks)
 
 
 @compiled("void(int64, int64, int64, int64[::1], float32, float32)")

@@ -14,7 +14,8 @@ import numpy as np
 
 from attnpred.kernels.linear import GROUP
 from attnpred.kernels.numba_linear_vectors import packed_rows, plain_rows
-from attnpred.kernels.numba_tools import compiled, narrow, pointer, share_out, take, widen
+from attnpred.kernels.numba_team import share_out
+from attnpred.kernels.numba_tools import compiled, narrow, pointer, take, widen
 
 TAKEN, VECTORS, WIDTH, GROUPS, X, X_KIND, OUT, COLUMNS, PARTS, COUNT, ITEMS, GIVEN, X_SCALES, X_SUMS, OUT_KIND = range(
     15

@@ -13,13 +13,14 @@ from torch import Tensor
 from attnpred.kernels import stream
 from attnpred.kernels.digest import FLOOR
 from attnpred.kernels.numba_codes import EXP2, LOG
-from attnpred.kernels.numba_tools import address, compiled, pointer, share_out, take, threads
+from attnpred.kernels.numba_team import share_out
+from attnpred.kernels.numba_tools import address, compiled, pointer, take, threads
 
 _FLOOR = np.float32(FLOOR)
-_FIELDS = 16
+FIELDS = 16
 WEIGHTS = 4
 """Of estimate, average, distance and one."""
-_RATE_UNIT = 2.0**-24
+RATE_UNIT = 2.0**-24
 _PAYS = 1 << 14
 """Numbers, of all heads, from which on it pays to have several threads: about 10 microseconds, 50 where data is cold."""
 
@@ -35,7 +36,7 @@ def weigh_row(estimate: Any, past: Any, weights: Any, distance: Any, out: Any) -
 @compiled("void(CPointer(int64))", to_address=True)
 def _weigh_heads(data: Any) -> None:
     """Fields: taken, rows, first, last, blocks, known, capacity; addresses as in `weigh`."""
-    f = numba.carray(data, _FIELDS)
+    f = numba.carray(data, FIELDS)
     first, last, blocks, known, capacity = f[2], f[3], f[4], f[5], f[6]
     while True:
         head = take(f.ctypes.data)
@@ -82,11 +83,11 @@ def _average(past: Any, row: Any, rate: Any, bits: Any) -> None:
 
 
 @compiled("void(CPointer(int64))", to_address=True)
-def _remember_heads(data: Any) -> None:
-    """Fields: taken, rows, blocks, known, capacity, chosen; addresses as in `remember`; the rate in `_RATE_UNIT`s."""
-    f = numba.carray(data, _FIELDS)
+def remember_heads(data: Any) -> None:
+    """Fields: taken, rows, blocks, known, capacity, chosen; addresses as in `remember`; the rate in `RATE_UNIT`s."""
+    f = numba.carray(data, FIELDS)
     blocks, known, capacity, chosen = f[2], f[3], f[4], f[5]
-    rate = np.float32(f[12]) * np.float32(_RATE_UNIT)
+    rate = np.float32(f[12]) * np.float32(RATE_UNIT)
     row = np.empty(blocks, np.float32)
     bits = row.view(np.int32)
     distance = numba.carray(pointer(f[9]), known, np.float32)
@@ -157,7 +158,7 @@ def choose_row(scores: Any, sinks: int, first_recent: int, blocks: int, free: in
 @compiled("void(CPointer(int64))", to_address=True)
 def _choose_heads(data: Any) -> None:
     """Fields: taken, rows, sinks, first_recent, blocks, free, stride of a row of scores; addresses as in `choose`."""
-    f = numba.carray(data, _FIELDS)
+    f = numba.carray(data, FIELDS)
     sinks, first_recent, blocks, free, stride = f[2], f[3], f[4], f[5], f[6]
     size = sinks + free + blocks - first_recent
     while True:
@@ -176,7 +177,7 @@ def _run(parallel: int, count: int, work: int, fields: Any) -> None:
 
 def _shared_out(work: Any, numbers: int, *fields: int) -> None:
     """Do `work` for all heads, of so many numbers together; the first two fields are 0 and how many heads there are."""
-    told = np.zeros(_FIELDS, np.int64)
+    told = np.zeros(FIELDS, np.int64)
     told[: len(fields)] = fields
     _run(*threads(numbers >= _PAYS), work.address, told)
 
@@ -211,9 +212,9 @@ def remember(
     given, own, far = estimate.contiguous(), weights.contiguous(), distance.contiguous()
     ids, found = selection.contiguous(), maxima.float().contiguous()
     _shared_out(
-        _remember_heads, 4 * given.numel(), 0, past.shape[0] * past.shape[1], blocks, known, capacity, chosen,
+        remember_heads, 4 * given.numel(), 0, past.shape[0] * past.shape[1], blocks, known, capacity, chosen,
         *(address(x, torch.float32) for x in (past, given, own, far)), address(ids, torch.int64), address(found, torch.float32),
-        round(rate / _RATE_UNIT),
+        round(rate / RATE_UNIT),
     )  # fmt: skip
 
 

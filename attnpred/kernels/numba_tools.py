@@ -1,7 +1,7 @@
 """What the numba kernels share: compilation, and OpenMP's threads.
 
 numba's own way to OpenMP brings a second copy of that library, whose threads then wait in busy loops on the cores that
-torch's threads want. So `share_out` calls the copy that torch has loaded, where there is one (`GOMP_parallel`, on Linux);
+torch's threads want. So `fork` calls the copy that torch has loaded, where there is one (`GOMP_parallel`, on Linux);
 elsewhere one thread does all of the work.
 """
 
@@ -24,7 +24,7 @@ Function = Callable[..., Any]
 
 
 def compiled(signature: str, *, to_address: bool = False, nogil: bool = False) -> Callable[[Function], Any]:
-    """Compile a function for its one signature, once per machine; `to_address`: for `share_out`; `nogil`: for threads."""
+    """Compile a function for its one signature, once per machine; `to_address`: for `fork`; `nogil`: for threads."""
 
     def apply(function: Function) -> Any:
         def compile_with(cache: bool) -> Any:
@@ -87,7 +87,7 @@ def take(typing: Any, counter: Any) -> Any:
 
 
 @intrinsic
-def share_out(typing: Any, parallel: Any, count: Any, work: Any, data: Any) -> Any:
+def fork(typing: Any, parallel: Any, count: Any, work: Any, data: Any) -> Any:
     """Call the function at `work` with the address `data` on `count` threads; all arguments are integers."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from attnpred.kernels.linear import GROUP, Packed
-from attnpred.kernels.numba_tools import address, compiled, narrow, pointer, share_out, take, threads
+from attnpred.kernels.numba_team import share_out
+from attnpred.kernels.numba_tools import address, compiled, narrow, pointer, take, threads
 
 TAKEN, BITS, CODES, SCALES, OFFSETS, GROUPS, WIDTH, FOURS, ROWS, OUT, OUT_KIND = range(11)
 _FIELDS = 11

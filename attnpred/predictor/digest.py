@@ -150,9 +150,22 @@ class Digest(Memory):
         asked = self._asked
         if asked is None or asked.blocks == 0 or not kernels.has_native_selection(asked.query):
             return None
-        return asked, self._for_numba(asked.scale)
+        return asked, self.for_numba(asked.scale)
 
-    def _for_numba(self, scale: float) -> Any:
+    def codes_for(self, blocks: int) -> Tensor:
+        """Have room for the codes of `blocks` blocks, and return the memory of all, the same as long as it lies there."""
+        codes = self.codes
+        if blocks > codes.data.shape[2]:
+            codes.reserve(codes.data.shape[0], codes.data.shape[1], blocks, codes.data.device)
+            codes.count = self._sealed
+        return codes.data
+
+    def took(self, asked: Asked) -> None:
+        """Note that codes of all blocks of `asked` are there, and that it is the latest query."""
+        self._sealed = self.codes.count = asked.blocks
+        self._asked = asked
+
+    def for_numba(self, scale: float) -> Any:
         """Return what numba's kernels are told of this layer; the same as before while its codes lie where they are."""
         key = (scale, self.codes.data.data_ptr())
         if self._prepared is None or self._prepared.key != key:
@@ -182,7 +195,7 @@ class Digest(Memory):
         if kernels.has_native_selection(query):
             from attnpred.kernels import numba_digest  # numba is loaded when it is used, not before
 
-            return numba_digest.look(query, self._for_numba(scale), blocks, selecting)
+            return numba_digest.look(query, self.for_numba(scale), blocks, selecting)
         projected = self._projected(query, scale)
         batch, kv_heads = projected.shape[:2]
         stored = self.codes.data.flatten(0, 1)[:, :blocks]

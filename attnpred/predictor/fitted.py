@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attnpred import kernels
 from attnpred.kernels.digest import FLOOR
-from attnpred.predictor.digest import Digest
+from attnpred.predictor.digest import Asked, Digest
 from attnpred.predictor.memory import Columns, Memory
 from attnpred.predictor.ridge import Ridge
 from attnpred.predictor.told import mixing, told_by
@@ -119,6 +119,23 @@ class Fitted(Memory):
         weights, estimate = self.weights(True), self.digest.estimate
         distance = self._distance(estimate.shape[2], 0, estimate.shape[2])
         kernels.remember(self.past.data, RATE, blocks, estimate, weights, distance, selection, maxima)
+
+    def tables_for(self, blocks: int) -> tuple[Tensor, ...]:
+        """Have room for `blocks` blocks, all of them sealed, and return what compiled steps read and write.
+
+        Past, codes, maps and centre of the digests, weights and distances: the very same tensors, as long as they lie there.
+        """
+        past, digest = self.past, self.digest
+        if blocks > past.data.shape[3]:
+            past.reserve(past.data.shape[0], past.data.shape[1], blocks, past.data.device)
+        if blocks > self.distances.numel():
+            self._distance(blocks, 0, 0)
+        return past.data, digest.codes_for(blocks), digest.to_keys, digest.centre, self.weights(True), self.distances
+
+    def took(self, asked: Asked, blocks: int) -> None:
+        """Note that a compiled step chose for `asked`, and remembered `blocks` blocks."""
+        self.past.count = max(self.past.count, blocks)
+        self.digest.took(asked)
 
     def _guess(self, columns: int) -> Tensor:
         """Return the scores [B, Hs, columns] of this step by the correction, the floor where there is no digest yet."""

@@ -86,8 +86,7 @@ class BlockPool(Store):
         expect("keys", keys, *held_keys.shape[:2], -1, held_keys.shape[3])
         expect("values", values, *held_values.shape[:2], tokens, held_values.shape[3])
         if needed > held_keys.shape[2]:
-            capacity = num_blocks(max(needed + SPARE, needed * 9 // 8 if length else needed), self.block_size)
-            capacity *= self.block_size
+            capacity = self._capacity(needed)
             held_keys, held_values = self._grown(held_keys, capacity), self._grown(held_values, capacity)
         elif self._is_shared:
             held_keys, held_values = held_keys.clone(), held_values.clone()
@@ -117,6 +116,28 @@ class BlockPool(Store):
             and keys.stride()[:2] + keys.stride()[3:] == (heads * dim, dim, 1)
             and values.stride()[:2] + values.stride()[3:] == (heads * value_dim, value_dim, 1)
         )
+
+    def room(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, Hkv, capacity, D], its own and with room for a token more, which `wrote` adds."""
+        if self._deferred is None and not self._is_shared and self.length < self._tensors[0].shape[2]:
+            return self._tensors  # the very same, as long as they are
+        keys, values = self._filled()
+        if self.length == keys.shape[2]:
+            capacity = self._capacity(self.length + 1)
+            self._tensors = self._grown(keys, capacity), self._grown(values, capacity)
+        elif self._is_shared:
+            self._tensors = keys.clone(), values.clone()
+        self._is_shared = False
+        return self._tensors
+
+    def wrote(self) -> None:
+        """Add a token, which was written behind the last."""
+        self.length += 1
+
+    def _capacity(self, needed: int) -> int:
+        """Return for how many tokens there is to be memory, where there have to be `needed`."""
+        wanted = max(needed + SPARE, needed * 9 // 8 if self.length else needed)
+        return num_blocks(wanted, self.block_size) * self.block_size
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
         batch, heads, _, dim = old.shape

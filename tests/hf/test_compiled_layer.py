@@ -14,7 +14,7 @@ from tests.models import prompt, tiny_model
 
 pytest.importorskip("numba")
 TOKENS = prompt(2, 100)
-FAMILIES = ["llama", "mistral", "mistral-sliding", "qwen2"]
+FAMILIES = ["llama", "mistral", "mistral-sliding", "qwen2", "qwen3", "gemma3_text"]
 
 
 def fresh(family: str = "llama") -> PreTrainedModel:
@@ -93,14 +93,14 @@ def test_what_is_changed_inside_is_not_overlooked() -> None:
     model = fresh()
     with pack_weights(model, "int8"):
         compiled = model.model.layers[0].forward
-        assert compiled._is_free()
+        assert compiled.is_free()
         with torch.no_grad():
             model.model.layers[0].input_layernorm.weight.mul_(2)
-        assert not compiled._is_free()
+        assert not compiled.is_free()
     other = fresh()
     with pack_weights(other, "int8"):
         other.model.layers[0].mlp = copy.deepcopy(other.model.layers[0].mlp)
-        assert not other.model.layers[0].forward._is_free()
+        assert not other.model.layers[0].forward.is_free()
 
 
 def test_other_caches_and_other_families_stay_stock() -> None:

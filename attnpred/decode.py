@@ -58,6 +58,8 @@ class LayerDecoder:
                     "per kv head: leave it out"
                 )
         self.chooser = Chooser(config, policy, counts, layer, self.memory)
+        self.seen: Tensor | None = None
+        """What the last step gave to the blocks of `attended`: the largest probability in each, [B, Hs, K]."""
         self.dense = DenseCalls(config, policy, self.memory, self.chooser)
         self.plan: Any = None
         """How its steps are compiled, if they are (`attnpred.plan`)."""
@@ -151,7 +153,7 @@ class LayerDecoder:
         """Attend to the blocks of `selection`, and count it: output [B, Hq, D] and block maxima [B, Hs, K]."""
         output, maxima = _sparse(selection, call)
         self._count(call, zone, selection)
-        self.chooser.attended = zone, selection
+        self.chooser.attended, self.seen = (zone, selection), maxima
         return output, maxima
 
     def _step_whole(self, whole: Tensor, call: Call, zone: Zone) -> Tensor:
@@ -179,7 +181,7 @@ class LayerDecoder:
         heads = store.heads if self.config.union else call.heads
         everything = torch.arange(zone.blocks, device=query.device).expand(query.shape[0], heads, -1)
         self._count(call, zone, everything)
-        chooser.attended = zone, everything
+        chooser.attended, self.seen = (zone, everything), None
         self.memory.push(row, attended)
         self.memory.look(query, call.terms.scale, call.heads)
         chooser.forecast(call)

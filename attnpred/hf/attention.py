@@ -14,6 +14,7 @@ from attnpred.hf.gradients import without_gradient
 from attnpred.hf.layer import TieredLayer
 from attnpred.hf.modes import attending_dtype, without_autocast, without_inference_mode
 from attnpred.hf.reading import KEPT, Seen
+from attnpred.hf.rows import CacheRows
 from attnpred.kernels.dense import AttentionTerms
 from attnpred.kernels.streamed import StreamedAttention
 
@@ -55,7 +56,9 @@ def _attend(
         scaling if scaling is not None else query.shape[-1] ** -0.5, kwargs.get("softcap"), kwargs.get("s_aux")
     )
     reference = LAST_UPDATED.get()
-    cache = None if reference is None else reference()
+    cache: Any = None if reference is None else reference()
+    if type(cache) is CacheRows:
+        return _attend_rows(module, query, cache, attention_mask, dropout, scaling, dtype, kwargs)
     index: int = getattr(module, "layer_idx", -1)
     layer = None if cache is None else cache.layer_of(index, key, value)
     if cache is None or layer is None:
@@ -78,6 +81,25 @@ def _attend(
         if not cache.settings.is_dense_layer(index):
             cache.decoder(index).observe(query, layer.store, terms, allowed, prompt=True, keys=key)
     return output.to(dtype)
+
+
+def _attend_rows(
+    module: nn.Module,
+    query: Tensor,
+    rows: CacheRows,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    dtype: torch.dtype,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Return the output of a step of several caches: of each what it would be alone."""
+    if mask is not None:
+        raise UnsupportedModelError("got rows of several caches with a mask, expected none: let them take turns")
+    each = enumerate(rows.rows())
+    return torch.cat(
+        [_attend(module, query[i : i + 1], *own, None, dropout, scaling, dtype, kwargs) for i, own in each]
+    )
 
 
 def _attend_stored(

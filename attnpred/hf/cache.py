@@ -13,7 +13,7 @@ from typing import Any, NoReturn, final
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from attnpred import telemetry
 from attnpred.config import CacheConfig
@@ -41,8 +41,10 @@ logger = logging.getLogger("attnpred")
 IMPLEMENTATION = "attnpred"
 """The name under which the attention function is registered with transformers."""
 
-LAST_UPDATED: ContextVar["weakref.ref[TieredCache] | None"] = ContextVar("attnpred_last_updated", default=None)
-"""The cache that was updated last in this thread; the attention function that follows looks there for its layer."""
+LAST_UPDATED: ContextVar["weakref.ref[Cache] | None"] = ContextVar("attnpred_last_updated", default=None)
+"""The cache that was updated last in this thread; the attention function that follows looks there for its layer.
+
+A `TieredCache`, or several as rows (`attnpred.hf.rows`)."""
 
 
 @final

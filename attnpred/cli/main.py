@@ -28,6 +28,7 @@ from attnpred.cli.info import info
 from attnpred.cli.lm_eval import lm_eval
 from attnpred.cli.models import models
 from attnpred.cli.report import report
+from attnpred.cli.serve import serve
 from attnpred.cli.train import train
 from attnpred.errors import AttnpredError, OutputError
 
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "capture": capture,
     "train": train,
     "analyse-layers": analyse_layers,

@@ -1,4 +1,6 @@
-"""Questions about long texts: texts that are read once and kept (`reader`, `kept`), and conversations about them.
+"""Questions about long texts: texts that are read once and kept, conversations about them, and a server for many at once.
 
-`attnpred chat` and `attnpred generate --document` are its users so far.
+reader, kept, turns, conversation, answering    one conversation about one text: `attnpred chat`
+engine, admission, prefill, answers, chain      many requests on one model, and what they share
+service, prompts, documents, web                what clients see of it: `attnpred serve`
 """

@@ -138,6 +138,7 @@ class Good:
             "demo": ("demo", "--model", "demo", "--text", text),
             "generate": ("generate", "demo", "--prompt-file", text),
             "chat": ("chat", "demo", "--document", text),
+            "serve": ("serve", "demo", "--port=0", "--folder", out),
             "capture": ("capture", "demo", "--text", text, "--out", out),
             "analyse-layers": ("analyse-layers", "demo", "--text", text, "--out", out),
             "eval": ("eval", "demo", "--policies", "ema", "--tasks", "perplexity", "--texts", text, "--out", out),
@@ -162,7 +163,7 @@ def number_options(command: str) -> list[str]:
 
 def _numbers(good: Good) -> Iterator[Case]:
     for command, given in good.commands.items():
-        more = ("--offload", "disk") if command in ("generate", "chat", "info") else ()
+        more = ("--offload", "disk") if command in ("generate", "chat", "serve", "info") else ()
         for option, (kind, value) in product(number_options(command), NUMBERS.items()):
             if (option, kind) != ("--lr", "thirty digits"):  # a rate that only the loss can judge
                 yield Case(f"{command}: {option} is {kind}", (*given, *more, f"{option}={value}"))
@@ -178,6 +179,15 @@ def _numbers(good: Good) -> Iterator[Case]:
         yield Case(f"{command}: --max-new-tokens is {value}", (*good.commands[command], f"--max-new-tokens={value}"))
     for value in ("1", "0.5", "-13"):
         yield Case(f"demo: --compression is {value}", (*good.commands["demo"], f"--compression={value}"))
+    for option, values in (
+        ("--port", ("-1", "65536")),
+        ("--streams", ("0",)),
+        ("--queue", ("0",)),
+        ("--seconds", ("0",)),
+    ):
+        for value in values:
+            yield Case(f"serve: {option} is {value}", (*good.commands["serve"], f"{option}={value}"))
+    yield Case("serve: another address without a key", (*good.commands["serve"], "--host", "0.0.0.0"))
     for option in ("context", "documents", "steps"):
         yield Case(f"demo: --{option} of another model", ("demo", "--model", "other", f"--{option}", "9"))
 
@@ -200,7 +210,7 @@ def _words(good: Good) -> Iterator[Case]:
     for command, option in (("generate", "--policy"), ("info", "--policy"), ("eval", "--policies"),
                             ("eval", "--tasks"), ("eval", "--suite"), ("train", "--predictor"), ("generate", "--offload"),
                             ("generate", "--offload-dtype"), ("demo", "--policies"), ("demo", "--offload"),
-                            ("chat", "--policy"), ("chat", "--offload"), ("chat", "--weights"),
+                            ("chat", "--policy"), ("chat", "--offload"), ("chat", "--weights"), ("serve", "--offload"),
                             ("generate", "--weights")):  # fmt: skip
         for kind, word in strange.items():
             needs = option in ("--policy", "--weights")
@@ -241,6 +251,8 @@ def _files(good: Good, folder: Path) -> Iterator[Case]:
         yield Case(f"generate: the prompt is {kind}", ("generate", "demo", "--prompt-file", file))
         yield Case(f"demo: the text is {kind}", ("demo", "--model", "demo", "--text", file), kind == "bytes")
         yield Case(f"chat: the document is {kind}", ("chat", "demo", "--document", file))
+        if kind not in ("bytes", "half of UTF-16"):  # which may be keys
+            yield Case(f"serve: the keys are {kind}", (*commands["serve"], "--key-file", file))
         yield Case(f"capture: the text is {kind}", ("capture", "demo", "--text", file, "--out", out), needs)
         yield Case(
             f"analyse-layers: the text is {kind}", ("analyse-layers", "demo", "--text", file, "--out", out), needs

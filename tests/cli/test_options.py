@@ -16,7 +16,7 @@ from attnpred.config import CacheConfig
 from attnpred.errors import ConfigError
 
 FIELDS = {field.name: field for field in dataclasses.fields(CacheConfig)}
-ATTENDING = ["chat", "demo", "generate", "eval", "info"]
+ATTENDING = ["chat", "demo", "generate", "eval", "info", "serve"]
 OF_ITSELF = {"demo": {"budget", "measure_recovery"}, "eval": {"budget", "dense_when_fits", "measure_recovery"}}
 """Settings that are no options of a command, because they are what it is about."""
 

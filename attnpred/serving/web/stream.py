@@ -1,0 +1,150 @@
+"""From the engine's events to an answer on the wire, whole or as server-sent events; and away from it, when nobody listens.
+
+The engine tells its events in its own thread; `Events` brings them to this one. A client that goes, before the first
+token or between two, is noticed at once, and its request cancelled.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any, final
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from attnpred.serving.engine import Engine
+from attnpred.serving.job import LAST, Event, Failed, Job
+from attnpred.serving.web.errors import body_of
+
+QUIET = 10.0
+"""Seconds without a word, after which a comment keeps the connection alive."""
+
+
+@final
+class Events:
+    """The events of one job. Give `tell` to the job, and submit it by `submit`."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._engine: Engine | None = None
+        self._job: Job | None = None
+
+    def tell(self, event: Event) -> None:
+        """Take an event, in any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop has ended, and everybody is gone
+            if self._job is not None:
+                self._job.is_cancelled = True
+
+    async def submit(self, engine: Engine, job: Job) -> None:
+        """Hand the job in. Raises what `Engine.submit` does."""
+        self._engine, self._job = engine, job
+        await run_in_threadpool(engine.submit, job)
+
+    def cancel(self) -> None:
+        """Nobody listens any more."""
+        if self._engine is not None and self._job is not None:
+            self._engine.cancel(self._job)
+
+    async def each(self, quiet: float | None = None) -> AsyncIterator[Event | None]:
+        """Yield all events; None after each `quiet` seconds without one. Raises the error of a job that failed."""
+        while True:
+            try:
+                event = await asyncio.wait_for(self._events.get(), quiet)
+            except (TimeoutError, asyncio.TimeoutError):
+                yield None
+                continue
+            if isinstance(event, Failed):
+                raise event.error
+            yield event
+            if isinstance(event, LAST):
+                return
+
+
+async def whole(request: Request, events: Events, take: Callable[[Event], None]) -> bool:
+    """Give all events to `take`; return False, with the job cancelled, if the client goes before the last one."""
+
+    async def listen() -> None:
+        async for event in events.each():
+            assert event is not None
+            take(event)
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    listening, watching = asyncio.ensure_future(listen()), asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait({listening, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not listening.done():
+            return False
+        listening.result()
+        return True
+    finally:
+        if not listening.done():
+            events.cancel()
+        for task in (listening, watching):
+            task.cancel()
+        await asyncio.gather(listening, watching, return_exceptions=True)
+
+
+@final
+class EventStream(Response):
+    """Server-sent events: what `chunks` makes of each event of the job, and at the end `end`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: Events, chunks: Callable[[Event], list[tuple[str, Any]]], end: str = "[DONE]") -> None:
+        self.events, self.chunks, self.last = events, chunks, end
+        self.status_code, self.background = 200, None
+        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        telling, watching = asyncio.ensure_future(self._tell(send)), asyncio.ensure_future(watch())
+        try:
+            await asyncio.wait({telling, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if telling.done():
+                telling.result()
+        except OSError:  # the client went while something was sent
+            pass
+        finally:
+            if not telling.done() or telling.cancelled() or telling.exception() is not None:
+                self.events.cancel()
+            for task in (telling, watching):
+                task.cancel()
+            await asyncio.gather(telling, watching, return_exceptions=True)
+
+    async def _tell(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+        async def say(text: str) -> None:
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+        try:
+            async for event in self.events.each(QUIET):
+                if event is None:
+                    await say(": still here\n\n")
+                    continue
+                text = "".join(_event(name, data) for name, data in self.chunks(event))
+                if text:
+                    await say(text)
+            if self.last:
+                await say(f"data: {self.last}\n\n")
+        except (asyncio.CancelledError, OSError):
+            raise
+        except Exception as error:  # the status is sent already
+            await say(_event("error" if not self.last else "", body_of(error)))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _event(name: str, data: Any) -> str:
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -6,7 +6,7 @@ READY := .venv/.ready
 TOO_OLD = $(shell $(PYTHON) -c 'import sys; print(sys.version_info < (3, 10))' 2>&1 || echo none)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real test-versions check lint bench results evidence evidence-real reliability docs lock clean
+.PHONY: help demo test test-real test-versions test-install check lint bench results evidence evidence-real reliability docs site lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 15
@@ -33,6 +33,10 @@ check: $(READY) ## the quick tests, under a minute
 test-versions: $(READY) ## the quick tests with the oldest torch and transformers that are supported, one between, and the newest
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
 	$(PY) -m tools.test_versions
+
+test-install: $(READY) ## build wheel and sdist, install them afresh with each extra, and use them
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
+	$(PY) -m tools.test_install
 
 lint: $(READY) ## ruff and mypy
 	.venv/bin/ruff check .
@@ -65,10 +69,13 @@ docs: $(READY) ## rewrite what is generated: cli.md, speed.md, policies.md, evid
 	$(PY) -m tools.evidence_tables
 	$(PY) -m tools.reliability --page
 
+site: $(READY) ## build the site of the documents into site/
+	$(PY) -m mkdocs build --strict --quiet
+
 lock: $(READY) ## rewrite requirements.lock; UPGRADE=1 moves to the newest versions
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
 	$(PY) -m tools.lock $(if $(UPGRADE),--upgrade)
 
 clean: ## remove .venv, caches and what the targets above wrote
-	rm -rf .venv .venvs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info attention.png
+	rm -rf .venv .venvs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info attention.png
 	find attnpred tests tools recipes benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

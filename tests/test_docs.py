@@ -1,6 +1,9 @@
 """Documents that cannot go stale: generated pages are current, and code on pages runs."""
 
+import json
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,14 +13,9 @@ from tools import docs_cli, evidence_tables, policy_tables, readme_table, recove
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ("README.md", "docs/howto.md")
-SNIPPETS = [
-    (page, code)
-    for page in PAGES
-    for code in re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-]
+PAGES = ("README.md", "docs/index.md", "docs/howto.md", "docs/write-a-policy.md")
+NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
+CODE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 
@@ -53,17 +51,45 @@ def test_the_page_of_reliability_is_current_and_nothing_in_it_is_wrong() -> None
     assert reliability.main(["--check"]) == 0
 
 
-def test_pages_have_code() -> None:
-    assert {page for page, _ in SNIPPETS} == set(PAGES)
+def run(pieces: list[str], name: str) -> dict[str, object]:
+    """Run the pieces of a page one after the other, as a reader would; return the names that they leave."""
+    assert pieces
+    names: dict[str, object] = {"__name__": "__main__"}
+    for number, code in enumerate(pieces, 1):
+        exec(compile(code, f"{name}, {number}", "exec"), names)
+    return names
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_code_of_pages_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    page, code = SNIPPETS[number]
-    exec(compile(code, f"{page}, {number + 1}", "exec"), {"__name__": "__main__"})
+    run(CODE.findall((ROOT / page).read_text(encoding="utf-8")), page)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    (notebook,) = NOTEBOOKS
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in cells)  # what it prints is the reader's own
+    found = run(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"], notebook.name)
+    answers, counts = found["answers"], found["counts"]
+    assert isinstance(answers, dict) and "4711" in answers["full"]
+    assert isinstance(counts, dict) and counts["predicted"]["total"]["compression"] > 12
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+    assert len(pages) > 12
+    fetched = re.compile(r"""<(?:link|script|img|iframe)[^>]*(?:src|href)=["']?https?://(?!attnpred)[^>]*>""")
+    assert [(path.name, tag) for path, text in pages.items() for tag in fetched.findall(text)] == []
+    assert "attnpred.attach" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
 
 
 def test_readme_paths_exist() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
-EXTRAS = ("plot", "fast", "gguf", "rivals", "serve", "dev")
+EXTRAS = ("plot", "fast", "gguf", "rivals", "serve", "docs", "dev")
 HEADER = f"# Written by `make lock` from pyproject.toml (core, {', '.join(EXTRAS)}). Do not edit.\n"
 LEFT_TO_TORCH = re.compile(r"(nvidia|cuda)-")
 MACHINE = "platform_machine == 'x86_64'"

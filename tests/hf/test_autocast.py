@@ -77,7 +77,8 @@ def test_autocast_may_begin_or_end_between_two_calls(first: bool) -> None:
 
 
 def test_beams_and_a_half_precision_model_under_the_other_half() -> None:
-    model, tokens = copy.deepcopy(tiny_model("llama")).half(), prompt(2, 90)
+    # With torch 2.6 steps are a rounding of bf16 apart, so the prompt is one whose beams are never as close as that.
+    model, tokens = copy.deepcopy(tiny_model("llama")).half(), prompt(2, 90, seed=1)
     with autocast(torch.bfloat16):
         want = greedy(model, tokens, NEW, num_beams=2)
         for policy in ("predicted", "h2o"):

@@ -19,12 +19,19 @@ NEW, TOKENS = 4, prompt(2, 90)
 
 @contextmanager
 def default(setting: str | torch.dtype) -> Iterator[None]:
-    """Make a device or a type of number torch's default; on "meta" nothing has a value."""
+    """Make a device or a type of number torch's default; on "meta" nothing has a value.
+
+    `with torch.device` does what `torch.set_default_device` does, which torch 2.6 cannot take back: after
+    `set_default_device(None)` its `get_default_device` fails, and so does every `from_pretrained`.
+    """
+    if isinstance(setting, str):
+        with torch.device(setting):
+            yield
+        return
     try:
-        torch.set_default_device(setting) if isinstance(setting, str) else torch.set_default_dtype(setting)
+        torch.set_default_dtype(setting)
         yield
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
 
 

@@ -1,5 +1,6 @@
 """The README table is made of what was measured, and the lock holds what `make` installs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,18 +33,33 @@ def test_table_holds_the_measured_figures() -> None:
     assert lines[5] == "| `ema` | 7,001 | 6 of 8 | 0.123 | 23.0 MiB | 320.0 MiB | 130 |"
 
 
-def test_only_the_part_between_the_markers_changes() -> None:
-    page = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n"
-    new = readme_table.written(page, RESULT)
-    assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
-    assert readme_table.written(new, RESULT) == new
+def timed(engine: str, weights: str, context: int, ms: float) -> dict[str, object]:
+    return {"model": "smollm2", "engine": engine, "weights": weights, "context": context, "ms_per_token": ms}
+
+
+SPEED = {"rows": [timed("attnpred", "int8", 1024, 27.8), timed("llama.cpp", "Q8_0", 4096, 42.2)]}
+
+
+def test_the_table_of_speed_has_a_line_for_each_engine_and_a_dash_for_what_was_not_timed() -> None:
+    lines = readme_table.speed(SPEED).splitlines()
+    assert lines[0] == "|  | 1,024 tokens | 4,096 tokens |"
+    assert lines[2:] == ["| attnpred, 8-bit weights | 28 | - |", "| llama.cpp, Q8_0 | - | 42 |"]
+
+
+def test_only_the_parts_between_the_markers_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    (tmp_path / "demo.json").write_text(json.dumps(RESULT), encoding="utf-8")
+    (tmp_path / "rivals.json").write_text(json.dumps(SPEED), encoding="utf-8")
+    marked = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->" for name in ("speed", "table")]
+    new = readme_table.written("\n".join(["before", marked[0], "between", marked[1], "after"]))
+    assert new.startswith("before\n") and new.endswith("\nafter") and "\nbetween\n" in new and "old" not in new
+    assert readme_table.written(new) == new
 
 
 def test_missing_results_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(readme_table, "ROOT", tmp_path)
-    monkeypatch.setattr(readme_table, "RESULTS", tmp_path / "demo.json")
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
     assert readme_table.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -1,7 +1,8 @@
-"""Write the table of README.md from docs/results/demo.json, so that no figure in it is typed by hand.
+"""Write the tables of README.md from docs/results, so that no figure in it is typed by hand.
 
-The JSON file is what `attnpred demo --json` prints, with the policies of `tools.demo_results`.
-`python -m tools.readme_table` writes the table; `--check` only says (exit code 1) when it is out of date.
+demo.json is what `attnpred demo --json` prints, with the policies of `tools.demo_results`; rivals.json what
+`attnpred bench rivals --out` writes. `python -m tools.readme_table` writes the tables; `--check` only says (exit code 1)
+when they are out of date.
 """
 
 import json
@@ -10,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results" / "demo.json"
+RESULTS = ROOT / "docs" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+ENGINES = {
+    ("attnpred", "int8"): "attnpred, 8-bit weights",
+    ("attnpred", "int4"): "attnpred, 4-bit weights",
+    ("attnpred", "fp32"): "attnpred, fp32",
+    ("transformers", "fp32"): "transformers, fp32",
+    ("llama.cpp", "Q8_0"): "llama.cpp, Q8_0",
+    ("llama.cpp", "Q4_1"): "llama.cpp, Q4_1",
+}
+"""What lines of the table of speed there are, by engine and weights."""
 COLUMNS = (
     "policy",
     "tokens attended",
@@ -48,24 +57,50 @@ def table(result: dict[str, Any]) -> str:
     return read + "\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def written(readme: str, result: dict[str, Any]) -> str:
-    """Return `readme` with the table between its two markers."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(result)}\n{END}{after}"
+def speed(result: dict[str, Any]) -> str:
+    """Return a Markdown table of milliseconds per token: a line for each engine, a column for each context."""
+    contexts = list(dict.fromkeys(row["context"] for row in result["rows"]))
+    lines = [["", *(f"{context:,} tokens" for context in contexts)], ["---", *["---:"] * len(contexts)]]
+    for (engine, weights), name in ENGINES.items():
+        found = {
+            row["context"]: row["ms_per_token"]
+            for row in result["rows"]
+            if (row["engine"], row["weights"], row["model"]) == (engine, weights, "smollm2")
+        }
+        if found:
+            lines.append([name, *(f"{found[at]:.0f}" if at in found else "-" for at in contexts)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def written(readme: str) -> str:
+    """Return `readme` with each table between its two markers."""
+    for name, (file, render) in TABLES.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        result = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+        before, _, rest = readme.partition(begin)
+        readme = f"{before}{begin}\n{render(result)}\n{end}{rest.partition(end)[2]}"
+    return readme
+
+
+TABLES = {"speed": ("rivals.json", speed), "table": ("demo.json", table)}
+"""What stands between which markers: of which file, by which function."""
 
 
 def main(arguments: list[str]) -> int:
-    """Write or check the table; return the exit code."""
-    if not RESULTS.is_file():
-        print(f"got no file {RESULTS.relative_to(ROOT)}, expected the JSON of `attnpred demo --json`", file=sys.stderr)
-        return 2
+    """Write or check the tables; return the exit code."""
     text = README.read_text(encoding="utf-8")
-    new = written(text, json.loads(RESULTS.read_text(encoding="utf-8")))
+    try:
+        new = written(text)
+    except FileNotFoundError as error:
+        print(
+            f"got no file {error.filename}, expected what `make results` and `attnpred bench rivals` write",
+            file=sys.stderr,
+        )
+        return 2
     if "--check" not in arguments:
         README.write_text(new, encoding="utf-8")
     elif new != text:
-        print("the table of README.md is out of date: run make docs", file=sys.stderr)
+        print("a table of README.md is out of date: run make docs", file=sys.stderr)
         return 1
     return 0
 

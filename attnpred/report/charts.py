@@ -1,16 +1,18 @@
 """The charts: lines with intervals, points with their Pareto front, and the legend that both have inside.
 
 A legend stands below its chart, in the same picture: it needs no room at the side, so a chart is as wide as a phone.
-The letter of a series stands at the end of its line. Whiskers are 95 % intervals, moved aside a little where they would
-cover each other.
+The letter of a series stands at the end of its line. Whiskers are intervals, moved aside a little where they would cover
+each other; among points only those on the front have one.
 """
 
+import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnpred.report.look import Look
 from attnpred.report.recovery_figure import spread
 from attnpred.report.svg import WIDTH, Picture, Scale, around, mark, picture, tag, words_at
+from attnpred.report.words import counted
 
 LEFT, RIGHT, TOP, PLOT = 46, 22, 24, 205
 LETTER = 6.1
@@ -47,13 +49,19 @@ class Axis:
 
 def line_chart(
     name: str, title: str, words: str, series: Mapping[str, Sequence[Point]], look: Mapping[str, Look], x: Axis, y: Axis,
-    level: Level | None = None,
+    level: Level | None = None, own: frozenset[str] | None = None,
 ) -> Picture:  # fmt: skip
-    """Draw a line for each of `series`, its points in order of x; `level` is a dashed line across."""
+    """Draw a line for each of `series`, its points in order of x; `level` is a dashed line across.
+
+    own: the series with a colour and a letter of their own, left out: all. The others are grey lines.
+    """
     frame = _Frame.around([p for points in series.values() for p in points], x, y, level)
     body = [frame.axes(x, y)]
     if level is not None:
         body.append(frame.level(level))
+    series, others = _parted(series, own)
+    for points in others.values():
+        body.append(tag("path", d=_path(frame, sorted(points, key=lambda p: p.x)), class_="line thin"))
     for i, (label, points) in enumerate(series.items()):
         aside = (i - (len(series) - 1) / 2) * min(3.0, 16 / len(series))
         places = [(frame.x(p.x) + aside, frame.y(p.y), p) for p in sorted(points, key=lambda p: p.x)]
@@ -64,7 +72,7 @@ def line_chart(
     ordered = spread([-py for py, _ in ends], 11, -TOP)
     for place, (_, label) in zip(ordered, ends, strict=True):
         body.append(words_at(WIDTH - RIGHT + 6.0, -place + 4, look[label].letter, class_="bold"))
-    legend, height = _legend(list(series), look, frame.bottom, level)
+    legend, height = _legend(list(series), look, frame.bottom, level, others=len(others))
     return picture(name, title, words, height, "".join(body) + legend)
 
 
@@ -80,22 +88,28 @@ def front(points: Sequence[Point], lower_is_better: bool) -> list[Point]:
 
 def scatter_chart(
     name: str, title: str, words: str, series: Mapping[str, Sequence[Point]], look: Mapping[str, Look], x: Axis, y: Axis,
-    lower_is_better: bool = False, outside: frozenset[str] = frozenset(),
+    lower_is_better: bool = False, outside: frozenset[str] = frozenset(), own: frozenset[str] | None = None,
 ) -> Picture:  # fmt: skip
     """Draw every point; those on the Pareto front have a ring and their letter, and a dashed line joins them.
 
-    outside: series that are drawn, but cannot be on the front.
+    outside: series that are drawn, but cannot be on the front. own: as for `line_chart`; the others are grey points.
     """
-    frame = _Frame.around([p for points in series.values() for p in points], x, y, None)
     best = front([p for name, points in series.items() if name not in outside for p in points], lower_is_better)
+    every = [p for points in series.values() for p in points]
+    frame = _Frame.around([p if p in best else replace(p, interval=None) for p in every], x, y, None)
     steps = "".join(
         f"{'M' if i == 0 else 'H'}{frame.x(p.x):.1f}{f' {frame.y(p.y):.1f}' if i == 0 else f'V{frame.y(p.y):.1f}'}"
         for i, p in enumerate(best)
     )
     body = [frame.axes(x, y), tag("path", d=steps, class_="quiet thin dashed")]
+    series, others = _parted(series, own)
+    for p in (p for points in others.values() for p in points):
+        note = tag("title", html.escape(p.note))
+        body.append(tag("circle", note, cx=frame.x(p.x), cy=frame.y(p.y), r=1.8, class_="line solid"))
     for label, points in series.items():
         drawn = "".join(
-            frame.whisker(frame.x(p.x), p) + mark(look[label].marker, frame.x(p.x), frame.y(p.y), p.note)
+            (frame.whisker(frame.x(p.x), p) if p in best else "")
+            + mark(look[label].marker, frame.x(p.x), frame.y(p.y), p.note)
             for p in points
         )
         body.append(tag("g", drawn, class_=look[label].colour))
@@ -105,8 +119,20 @@ def scatter_chart(
                 px, py = frame.x(p.x), frame.y(p.y)
                 body.append(tag("circle", cx=px, cy=py, r=8, class_="ring"))
                 body.append(words_at(px, py - 11, look[label].letter, class_="middle bold halo"))
-    legend, height = _legend(list(series), look, frame.bottom, None, ring=True)
+    legend, height = _legend(list(series), look, frame.bottom, None, ring=True, others=len(others))
     return picture(name, title, words, height, "".join(body) + legend)
+
+
+def _parted(
+    series: Mapping[str, Sequence[Point]], own: frozenset[str] | None
+) -> tuple[dict[str, Sequence[Point]], dict[str, Sequence[Point]]]:
+    """Return the series that have a look of their own, and the others."""
+    mine = {name: points for name, points in series.items() if own is None or name in own}
+    return mine, {name: points for name, points in series.items() if name not in mine}
+
+
+def _path(frame: "_Frame", points: Sequence[Point]) -> str:
+    return "M" + "L".join(f"{frame.x(p.x):.1f} {frame.y(p.y):.1f}" for p in points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +185,11 @@ class _Frame:
         if point.interval is None:
             return ""
         low, high = (self.y(v) for v in point.interval)
-        return tag("path", d=f"M{px:.1f} {low:.1f}V{high:.1f}M{px - 2:.1f} {low:.1f}h4M{px - 2:.1f} {high:.1f}h4", class_="thin")  # fmt: skip
+        return tag("path", d=f"M{px:.1f} {low:.1f}V{high:.1f}M{px - 2:.1f} {low:.1f}h4M{px - 2:.1f} {high:.1f}h4", class_="thin faint")  # fmt: skip
 
 
 def _legend(
-    names: Sequence[str], look: Mapping[str, Look], top: float, level: Level | None, ring: bool = False
+    names: Sequence[str], look: Mapping[str, Look], top: float, level: Level | None, ring: bool = False, others: int = 0
 ) -> tuple[str, float]:
     """Return the legend, as many names in a line as fit, and where it ends."""
     drawn = []
@@ -173,6 +199,10 @@ def _legend(
         entries.append((level.name, tag("line", x1=-8, x2=6, y1=0, y2=0, class_="dashed")))
     if ring:
         entries.append(("on the Pareto front", tag("circle", cx=0, cy=0, r=6, class_="ring")))
+    if others:
+        entries.append(
+            (counted(others, "more policy", "more policies"), tag("line", x1=-8, x2=6, y1=0, y2=0, class_="line wide"))
+        )
     for words, key in entries:
         most = int((WIDTH - 40) / LETTER)
         shown = words if len(words) <= most else words[: most - 1] + "…"

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ from attnpred.checks import is_finite
 from attnpred.errors import ConfigError
 from attnpred.reading import JSON_BYTES, parse_json, read_text
 from attnpred.report.charts import Axis, Point, line_chart, short
+from attnpred.report.leading import leading
 from attnpred.report.look import Look, looks
-from attnpred.report.markup import table
 from attnpred.report.places import Column, Place
 from attnpred.report.results import FULL
 from attnpred.report.svg import Picture
+from attnpred.report.tables import Table, table
 from attnpred.report.words import number
 
 KEYS = ("shape", "dtype", "context", "variant", "ms_per_token")
@@ -95,18 +95,18 @@ def bench_charts(bench: Bench) -> list[Picture]:
     return drawn
 
 
-def bench_tables(bench: Bench) -> str:
+def bench_tables(bench: Bench) -> list[Table]:
     """Return a table for each shape: variants by context."""
     made = []
     for i, (group, variants) in enumerate(_groups(bench).items()):
         contexts = sorted({t.context for rows in variants.values() for t in rows})
         lines = [
-            [escape(name), *(next((_timed(t) for t in rows if t.context == c), "not measured") for c in contexts)]
+            [name, *(next((_timed(t) for t in rows if t.context == c), "not measured") for c in contexts)]
             for name, rows in variants.items()
         ]
         caption = f"{group}: milliseconds per token, in brackets the span of the repetitions, by tokens of context"
         made.append(table(f"bench-table{i}", caption, ["variant", *(f"{c:,}" for c in contexts)], lines))
-    return "".join(made)
+    return made
 
 
 def row_charts(found: Sequence[Place], look: Mapping[str, Look]) -> list[Picture]:
@@ -131,8 +131,10 @@ def row_charts(found: Sequence[Place], look: Mapping[str, Look]) -> list[Picture
         }
         axis = Axis("tokens", True, tuple((length, f"{length:,}") for length in lengths))
         words = "Lower is better. As the rows have it: the median over the tokens of all answers, without an interval."
+        place = next(place for place in found if (place.task, place.text, place.model) == (task, text, model))
         y = Axis("milliseconds per token", True)
-        drawn.append(line_chart(f"latency{len(drawn)}", title, words, series, look, axis, y))
+        leads = frozenset({FULL, *leading(place)})
+        drawn.append(line_chart(f"latency{len(drawn)}", title, words, series, look, axis, y, own=leads))
     return drawn
 
 

@@ -1,4 +1,6 @@
-"""Rows that may be compared: a place is one model, task, text, metric and length; in it a series is a policy's budgets.
+"""Rows that may be compared: a place is one model, task, text, metric, length and set of documents (`inputs`).
+
+In it a series is a policy's budgets.
 
 Rows of one policy and budget that differ in a setting (block size, seed ...) are series of their own, named after what
 differs, so that an ablation is drawn as one. Should two be alike even then, the last one is drawn; all are in the table.
@@ -52,12 +54,16 @@ class Place:
     cells: dict[tuple[str, Column], Row]
     hidden: int
     """Rows that are not drawn, because a later one is alike."""
+    documents: str = ""
+    """Which documents, where the same task was measured on several sets of them."""
 
     @property
     def name(self) -> str:
-        """Name for headings: task, text, length, model."""
+        """Name for headings: task, text, length, model, and which documents."""
         length = f"{self.length:,} tokens" if self.length else ""
-        return ", ".join(filter(None, (self.task, self.text and f"text {self.text}", length, self.model)))
+        return ", ".join(
+            filter(None, (self.task, self.text and f"text {self.text}", length, self.model, self.documents))
+        )
 
     @property
     def series(self) -> list[str]:
@@ -83,22 +89,28 @@ def is_bound(row: Row) -> bool:
 
 def places(rows: Iterable[Row]) -> list[Place]:
     """Return the places of `rows`, tasks together, shorter texts first; rows without a value are left out."""
-    groups: dict[tuple[str, str, str, str, int | None], list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str, str, str, int | None], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in (row for row in rows if not row.is_empty):
-        groups[row.model, row.task, row.text, row.metric, row.length].append(row)
+        groups[row.model, row.task, row.text, row.metric, row.length][str(row.raw.get("inputs") or "")].append(row)
     tasks = list(dict.fromkeys(key[1] for key in groups))
     order = sorted(groups, key=lambda key: (tasks.index(key[1]), key[0], key[3], key[2], key[4] or 0))
-    return [_place(*key, groups[key]) for key in order]
+    return [
+        _place(*key, f"documents {inputs or 'without a name'}" if len(groups[key]) > 1 else "", found)
+        for key in order
+        for inputs, found in groups[key].items()
+    ]
 
 
-def _place(model: str, task: str, text: str, metric: str, length: int | None, rows: Sequence[Row]) -> Place:
+def _place(
+    model: str, task: str, text: str, metric: str, length: int | None, documents: str, rows: Sequence[Row]
+) -> Place:
     full = [row for row in rows if row.is_full]
     parts = [row for row in rows if not row.is_full]
     names = _names(parts)
     cells = {(name, Column(row.budget or 1.0)): row for name, row in zip(names, parts, strict=True)}
     hidden = len(parts) - len(cells) + max(0, len(full) - 1)
     lower = any(row.lower_is_better for row in rows)
-    return Place(model, task, text, metric, length, lower, full[-1] if full else None, cells, hidden)
+    return Place(model, task, text, metric, length, lower, full[-1] if full else None, cells, hidden, documents)
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

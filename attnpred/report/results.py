@@ -1,37 +1,40 @@
-"""The results at one place: the table of policies and budgets, and the charts of quality against what it costs."""
+"""The results at one place: the table of policies and budgets, and the charts of quality against what it costs.
 
-from collections import defaultdict
+What a chart shows is said under it in one sentence.
+"""
+
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from attnpred.report.charts import Axis, Level, Point, front, line_chart, scatter_chart, short
+from attnpred.report.leading import leading, ordered
 from attnpred.report.look import Look
-from attnpred.report.markup import table
 from attnpred.report.places import Column, Place, is_bound
 from attnpred.report.rows import Row
+from attnpred.report.summary import winners
 from attnpred.report.svg import Picture
-from attnpred.report.words import difference, listed, measured, number, verdict
+from attnpred.report.tables import Cell, Table, table
+from attnpred.report.words import WITHIN, difference, listed, measured, number, verdict
 
 FULL = "full cache"
 COSTS = {
-    "ms_per_token": ("time", "milliseconds per token"),
     "bytes_per_step": ("bytes read", "bytes read per decode step"),
+    "ms_per_token": ("time", "milliseconds per token"),
     "fast_bytes": ("fast memory", "bytes in fast memory"),
 }
+"""What is drawn against; the first that was measured stands with the pictures that the page begins with."""
 MANY = 8
 """Different values of a label, up to which it gets a table."""
 
 
-def result_table(place: Place, name: str) -> str:
+def result_table(place: Place, name: str) -> Table:
     """Return the table: a line for each series, a column for each budget, and the full cache."""
     columns = place.columns
     best = {column: place.rivals(column)[0][1].value for column in columns if len(place.rivals(column)) > 1}
-    lines = [[FULL, *[escape(measured(place.full))] * len(columns)]] if place.full else []
+    lines: list[list[str | Cell]] = [[FULL, *[measured(place.full)] * len(columns)]] if place.full else []
     for series in place.series:
         cells = [place.cells.get((series, column)) for column in columns]
-        lines.append(
-            [escape(series), *(_cell(row, best.get(column)) for column, row in zip(columns, cells, strict=True))]
-        )
+        lines.append([series, *(_cell(row, best.get(column)) for column, row in zip(columns, cells, strict=True))])
     direction = "lower" if place.lower_is_better else "higher"
     caption = f"{place.name}: {place.metric} ({direction} is better) with its 95 % interval, by policy and budget"
     if any(row.against for row in place.cells.values()):
@@ -39,15 +42,11 @@ def result_table(place: Place, name: str) -> str:
     return table(name, caption, ["policy", *(column.words for column in columns)], lines)
 
 
-def _cell(row: Row | None, best: float | None) -> str:
+def _cell(row: Row | None, best: float | None) -> Cell:
     if row is None:
-        return "not measured"
-    words = escape(measured(row))
-    if row.value == best and not is_bound(row):
-        words = f"<b>{words} best</b>"
-    if row.against is not None:
-        words += f"<br><small>{escape(difference(row.against))} {verdict(row)}</small>"
-    return words
+        return Cell("not measured")
+    note = f"{difference(row.against)} {verdict(row)}" if row.against is not None else ""
+    return Cell(measured(row), note, is_best=row.value == best and not is_bound(row))
 
 
 def against_budget(place: Place, look: Mapping[str, Look], name: str) -> list[Picture]:
@@ -58,14 +57,48 @@ def against_budget(place: Place, look: Mapping[str, Look], name: str) -> list[Pi
     for (label, column), row in place.cells.items():
         x = column.budget if tokens else row.share
         if x is not None:
-            series[label].append(_point(x, label, column, row))
+            series[label].append(_point(x, label, column, row, place.full))
             ticks[x] = short(column.budget) if tokens else f"{100 * x:.3g} %"
     if not series:
         return []
     x_axis = Axis("budget: tokens" if tokens else "budget: share of the context", True, tuple(sorted(ticks.items())))
-    level = Level(FULL, place.full.value, place.full.interval) if place.full else None
-    words = f"{_better(place)} Whiskers: 95 % intervals." + (" Dashed: the full cache." if level else "")
-    return [line_chart(name, f"{place.name}: {place.metric} against budget", words, series, look, x_axis, Axis(place.metric), level)]  # fmt: skip
+    level = Level(FULL, place.full.value, None if _is_paired(place) else place.full.interval) if place.full else None
+    title = f"{place.name}: {place.metric} against budget"
+    own = frozenset(leading(place))
+    return [line_chart(name, title, _at_budgets(place), series, look, x_axis, Axis(place.metric), level, own)]
+
+
+def _at_budgets(place: Place) -> str:
+    """Return who is best at how many budgets, and down to which it is like the full cache."""
+    rivals = [column for column in place.columns if len(place.rivals(column)) > 1]
+    won = Counter(name for column in rivals for name in winners(place, column))
+    if not won:
+        return f"{_better(place)}."
+    most = max(won.values())
+    best = [found for found in ordered([place]) if won[found] == most]
+    name = best[0]
+    at = f"at {most} of {len(rivals)} budgets" if len(rivals) > 1 else f"at {rivals[0].words}"
+    rows = [(column, place.cells.get((name, column))) for column in place.columns]
+    compared = [(column, row) for column, row in rows if row is not None and row.against is not None]
+    like = []
+    for column, row in compared:
+        if verdict(row) != WITHIN:
+            break
+        like.append(column.words)
+    down = (
+        f"down to {like[-1]}"
+        if len(like) > 1
+        else f"at {like[0]}"
+        if like
+        else "at no budget, counted from the largest"
+    )
+    noise = f"; {'it' if len(best) == 1 else name} is within noise of the full cache {down}" if compared else ""
+    shared = (
+        f"{name} has"
+        if len(best) == 1
+        else f"{listed(best) if len(best) < 4 else f'{name} and {len(best) - 1} more'} have"
+    )
+    return f"{_better(place)}: {shared} the best mean, alone or shared, {at}{noise}."
 
 
 def against_cost(place: Place, look: Mapping[str, Look], name: str) -> list[Picture]:
@@ -82,30 +115,50 @@ def against_cost(place: Place, look: Mapping[str, Look], name: str) -> list[Pict
         said: dict[Point, str] = {}
         for policy, column, row in cells:
             if cost in row.costs:
-                point = _point(row.costs[cost], policy, column, row)
+                point = _point(row.costs[cost], policy, column, row, place.full)
                 series[policy].append(point)
                 if policy not in bounds:
-                    at = FULL if row.is_full else f"{policy} at {column.words}"
-                    said[point] = f"{at} ({short(point.x)}: {measured(row)})"
+                    said[point] = FULL if row.is_full else f"{policy} at {column.words}"
         if len(said) < 2:
             continue
-        words = (
-            f"{_better(place)} Ringed: the Pareto front, by the means alone, than which nothing is both cheaper and better: "
-            f"{listed([said[point] for point in front(list(said), place.lower_is_better)])}. Whiskers: 95 % intervals."
-            + (" The oracle cannot be on it." if bounds & set(series) else "")
-        )
+        best = front(list(said), place.lower_is_better)
         costs = [point.x for points in series.values() for point in points]
         axis = Axis(label, min(costs) > 0 and max(costs) > 4 * min(costs))
         title = f"{place.name}: {place.metric} against {key}"
-        drawn.append(
-            scatter_chart(
-                f"{name}-{cost}", title, words, series, look, axis, Axis(place.metric), place.lower_is_better, bounds
-            )
+        words = _cheapest(place, cost, label) or (
+            f"{_better(place)}: the front goes from {said[best[0]]} to {said[best[-1]]}."
+            if len(best) > 1
+            else f"{_better(place)}: {said[best[0]]} is both cheapest and best."
         )
+        own = frozenset(
+            {FULL, *leading(place), *(label for label, points in series.items() if set(points) & set(best))}
+        )
+        drawn.append(
+            scatter_chart(f"{name}-{cost}", title, words, series, look, axis, Axis(place.metric), place.lower_is_better, bounds, own)
+        )  # fmt: skip
     return drawn
 
 
-def label_tables(place: Place, name: str) -> list[str]:
+def _cheapest(place: Place, cost: str, label: str) -> str:
+    """Return which policy costs least of those that are within noise of the full cache; "" where that is not known."""
+    if place.full is None or cost not in place.full.costs:
+        return ""
+    like = [
+        (row.costs[cost], name, column)
+        for (name, column), row in place.cells.items()
+        if cost in row.costs and verdict(row) == WITHIN and not is_bound(row)
+    ]
+    if not like:
+        return ""
+    least, name, column = min(like, key=lambda found: found[0])
+    times = place.full.costs[cost] / least if least else 0.0
+    much = f"{times:.1f} times fewer {label} than" if times >= 1 else f"more {label} than"
+    if cost == "ms_per_token":
+        much = f"{short(least)} milliseconds per token against {short(place.full.costs[cost])} of"
+    return f"{_better(place)}: the cheapest within noise of the full cache is {name} at {column.words}, with {much} the full cache."
+
+
+def label_tables(place: Place, name: str) -> list[Table]:
     """Return a table for each label of items that has a few values (turn, hops ...): means, and the number of items."""
     cells = {f"{series} at {column.words}": row for (series, column), row in place.cells.items()}
     cells = ({FULL: place.full} if place.full else {}) | cells
@@ -116,9 +169,10 @@ def label_tables(place: Place, name: str) -> list[str]:
         if not 2 <= len(values) <= MANY:
             continue
         ordered = in_order(values)
-        lines = [[escape(label), *(_mean(row, key, value) for value in ordered)] for label, row in cells.items()]
+        lines = [[label, *(_mean(row, key, value) for value in ordered)] for label, row in cells.items()]
         caption = f"{place.name}: mean {place.metric} by {key}, without intervals; in brackets the number of items"
-        tables.append(table(f"{name}-label{number_of}", caption, ["policy", *(f"{key} {v}" for v in ordered)], lines))
+        head = ["policy", *(f"{key} {v}" for v in ordered)]
+        tables.append(table(f"{name}-label{number_of}", caption, head, lines, "rows"))
     return tables
 
 
@@ -135,16 +189,23 @@ def _mean(row: Row, key: str, value: str) -> str:
     return f"{number(sum(own) / len(own))} ({len(own)})" if own else "none"
 
 
-def _point(x: float, series: str, column: Column, row: Row) -> Point:
+def _point(x: float, series: str, column: Column, row: Row, full: Row | None) -> Point:
+    """Return the point of a row; its whisker is that of the difference from `full`, where it was measured."""
+    interval = row.interval
+    if full is not None and row.against is not None:
+        interval = full.value + row.against.low, full.value + row.against.high
     at = "" if row.is_full else f", {column.words}"
-    return Point(x, row.value, row.interval, f"{series}{at}: {measured(row)}")
+    return Point(x, row.value, interval, f"{series}{at}: {measured(row)}")
+
+
+def _is_paired(place: Place) -> bool:
+    return any(row.against is not None for row in place.cells.values())
 
 
 def _better(place: Place) -> str:
-    return f"{'Lower' if place.lower_is_better else 'Higher'} is better."
+    return f"{'Lower' if place.lower_is_better else 'Higher'} is better"
 
 
 def names(found: Sequence[Place]) -> list[str]:
     """Return all series of all places, ours first, the full cache last: the order of colours and letters."""
-    every = list(dict.fromkeys(name for place in found for name in place.series))
-    return [*sorted(every, key=lambda name: (name != "predicted", not name.startswith("predicted"))), FULL]
+    return [*ordered(found), FULL]

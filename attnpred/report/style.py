@@ -35,9 +35,13 @@ nav a,summary{display:inline-block;padding:.3rem 0}summary{display:list-item;cur
 table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 caption{text-align:left;padding:.5rem .7rem;color:var(--quiet);position:sticky;left:0;max-width:min(75ch,calc(100vw - 2.5rem))}
 th,td{padding:.35rem .7rem;text-align:left;vertical-align:top;white-space:nowrap;border-top:1px solid var(--line)}
-thead th{background:var(--panel)}tbody th{font-weight:600}
+thead th{background:var(--panel)}tbody th{font-weight:600;background:var(--page)}
+th:first-child{position:sticky;left:0;z-index:1;min-width:min(11rem,34vw);max-width:min(18rem,42vw);white-space:normal;overflow-wrap:anywhere;
+box-shadow:inset -1px 0 var(--line)}
+.rows thead th{position:sticky;top:0;z-index:2}.rows thead th:first-child{z-index:3}
 td pre{margin:.3rem 0;white-space:pre-wrap;max-width:60ch;overflow-wrap:anywhere;font-size:.8rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem;margin:1rem 0}
+.first{grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr))}.first svg.chart{max-width:40rem}
 figure{margin:0;padding:.7rem;background:var(--page);border:1px solid var(--line);border-radius:.4rem}
 figcaption{font-size:.875rem;margin-top:.4rem}figcaption b{color:var(--ink)}
 svg.chart{display:block;width:100%;max-width:34rem;height:auto;margin:auto}.pixels{image-rendering:pixelated}

@@ -63,7 +63,7 @@ CLASSES = ("ink", "quiet", "line", *(f"c{i}" for i in range(COLOURS)))
 RULES = (  # currentColor and classes are what every program that reads SVG understands; variables are not
     ".chart text{font:11px system-ui,sans-serif;fill:currentColor;stroke:none}"
     ".chart path,.chart line{fill:none;stroke:currentColor;stroke-width:1.5}"
-    ".chart .thin{stroke-width:1}.chart .wide{stroke-width:2.4}.chart .dashed{stroke-dasharray:5 3}"
+    ".chart .thin{stroke-width:1}.chart .faint{stroke-opacity:.6}.chart .wide{stroke-width:2.4}.chart .dashed{stroke-dasharray:5 3}"
     ".chart .solid{fill:currentColor}.chart .ring{fill:none;stroke:currentColor;stroke-width:1.5}"
     ".chart .middle{text-anchor:middle}.chart .end{text-anchor:end}.chart .bold{font-weight:700}"
     ".chart text.halo{paint-order:stroke;stroke:var(--page);stroke-width:3px}"

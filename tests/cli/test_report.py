@@ -42,7 +42,9 @@ def test_a_page_and_figures(run: Run, tmp_path: Path) -> None:
 def test_rows_of_before_the_grid_are_read(run: Run, tmp_path: Path) -> None:
     code, out, _ = run(RECOVERY)
     assert code == 0 and f"{len(RECOVERY.read_text(encoding='utf-8').splitlines())} rows" in out
-    assert "The full cache was not measured here" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "No row has a paired comparison with the full cache" in (tmp_path / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_line_without_policy_is_one_line(run: Run, tmp_path: Path) -> None:

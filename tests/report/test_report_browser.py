@@ -81,6 +81,29 @@ def test_the_keyboard_reaches_what_scrolls_and_shows_where_it_is(browser: Browse
     assert browser.ask("(() => { const box = document.querySelector('.rows'); box.scrollLeft = 50; return box.scrollLeft; })()") == 50  # fmt: skip
 
 
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_begins_with_pictures(browser: Browser, page: Path, width: int) -> None:
+    browser.open(page, width, False)
+    top = "document.querySelector('{}').getBoundingClientRect().top"
+    assert browser.ask(top.format("svg")) < 700 and browser.ask(top.format("table")) > browser.ask(
+        top.format("#latency")
+    )
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_names_stay_in_view_while_a_table_scrolls(browser: Browser, page: Path, width: int) -> None:
+    browser.open(page, width, False)
+    moved = browser.ask(
+        "document.querySelectorAll('details').forEach(one => { one.open = true; });"
+        "[...document.querySelectorAll('.scroll')].map(box => { box.scrollLeft = 99999; box.scrollTop = 99999;"
+        "const left = box.getBoundingClientRect().left, names = [...box.querySelectorAll('tr > :first-child')];"
+        "const seen = names.map(one => one.getBoundingClientRect());"
+        "return [box.scrollLeft, Math.max(...seen.map(one => Math.abs(one.left - left))), Math.max(...seen.map(one => one.width))]; })"
+    )
+    assert len(moved) > 4 and any(scrolled > 100 for scrolled, _, _ in moved)
+    assert all(aside <= 2 and wide <= width / 2 for _, aside, wide in moved)
+
+
 def test_the_filter_shows_rows_with_the_words(browser: Browser, page: Path) -> None:
     browser.open(page, 1280, False)
     shown = browser.ask(

@@ -35,9 +35,12 @@ ROWS = [
 
 def test_a_task_at_chance_is_named_and_not_compared() -> None:
     shown = real_tables.full_cache(ROWS)
-    assert "| smollm2 | vt | 2,048 | 4 | 0.25 [0.00, 0.25] | its interval reaches chance: left out" in shown
+    assert "| smollm2 | vt | 2,048 | 4 | 0.25 | 0.00 to 0.25 | no: at chance |" in shown
     compared = real_tables.comparison(ROWS, "smollm2", 2048)
-    assert "| `quest` | 1/13 | 131 | 0.50 [0.50, 0.50] |" in compared and "vt" not in compared
+    assert "| `quest` | 1/13 | 131 | 0.50 |\n" in compared and "| `quest` | 1/13 | - |" in compared
+    assert "vt" not in compared
+    wide = real_tables.comparison([ROWS[0], ROWS[2] | {"interval": [0.25, 0.75]}], "smollm2", 2048)
+    assert "| `quest` | 1/13 | 0.25 to 0.75 |" in wide
 
 
 def test_nothing_is_compared_where_the_full_cache_can_do_nothing() -> None:

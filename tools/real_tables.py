@@ -19,8 +19,9 @@ HEAD = """## Real models
 
 `make evidence-real`: SmolLM2-135M-Instruct and, where there are rows of it, Gemma 3 270M, as `attnpred models` fetches them, in
 fp32 on a CPU. Few documents a cell, because a CPU reads slowly: the intervals are wide, and a difference inside them is none. They
-are 95 % bootstrap intervals over documents; where all documents score the same they have no width, which says little for four.
-Chance is what the right answers to another document score. The policies are as shipped; nothing was tuned on these models.
+are 95 % bootstrap intervals over documents; where all documents score the same there is none to show, which says little for four.
+Chance is what the right answers to another document score; a task whose interval reaches it is left out. The policies are as
+shipped; nothing was tuned on these models.
 `agreement` is the distance to the full cache over its own continuation of a book, in nats per token; there lower is better, and
 the full cache has 0."""
 
@@ -31,10 +32,10 @@ ABOUT_BEFORE = """`predicted_before` is what `predicted` was when most rows were
 which is fitted while the prompt is read, has rows of its own; where it has none, it was not measured there."""
 
 
-def measured(value: Row) -> str:
-    """Return a value with its interval."""
-    low, high = value["interval"]
-    return f"{value['value']:.2f} [{low:.2f}, {high:.2f}]"
+def interval(value: Row | None) -> str:
+    """Return a value's interval; a dash where there is none, or where it has no width."""
+    low, high = value["interval"] if value else (0, 0)
+    return f"{low:.2f} to {high:.2f}" if low < high else "-"
 
 
 def named(task: str) -> str:
@@ -52,11 +53,10 @@ def full_cache(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         if row["policy"] == "full" and not row["lower_is_better"]:
-            verdict = "compared" if can(row) else "its interval reaches chance: left out"
-            lines.append(
-                [row["model"], named(row["task"]), f"{row['length']:,}", str(row["n"]), measured(row), verdict],
-            )
-    return table(["model", "task", "tokens", "documents", "full cache", ""], lines)
+            compared = "yes" if can(row) else "no: at chance"
+            place = [row["model"], named(row["task"]), f"{row['length']:,}", str(row["n"])]
+            lines.append([*place, f"{row['value']:.2f}", interval(row), compared])
+    return table(["model", "task", "tokens", "questions", "full cache", "interval", "compared"], lines)
 
 
 def comparison(rows: Sequence[Row], model: str, length: int) -> str:
@@ -69,13 +69,16 @@ def comparison(rows: Sequence[Row], model: str, length: int) -> str:
             cells.setdefault((row["budget"], row["policy"]), {})[row["task"]] = row
     if not cells:
         return ""
-    lines = [["full", "all", f"{length:,}", *(measured(full[task]) for task in full)]]
+    lines = [["full", "all", f"{length:,}", *(f"{full[task]['value']:.2f}" for task in full)]]
+    spans = [["full", "all", *(interval(full[task]) for task in full)]]
     for (budget, policy), found in sorted(cells.items(), key=lambda item: -item[0][0]):
         attended = max(row["tokens_attended"] for row in found.values())
-        values = (measured(found[task]) if task in found else "-" for task in full)
+        values = (f"{found[task]['value']:.2f}" if task in found else "-" for task in full)
         lines.append([f"`{policy}`", share(budget), f"{attended:,.0f}", *values])
-    titles = ["policy", "budget", "tokens attended", *map(named, full)]
-    return f"### {model}, {length:,} tokens\n\n{table(titles, lines)}"
+        spans.append([f"`{policy}`", share(budget), *(interval(found.get(task)) for task in full)])
+    titles = ["policy", "budget", "tokens", *map(named, full)]
+    narrow = [title for title in titles if title != "tokens"]
+    return f"### {model}, {length:,} tokens\n\n{table(titles, lines)}\n\nTheir intervals:\n\n{table(narrow, spans)}"
 
 
 def pooled(rows: Sequence[Row], model: str, length: int) -> str:

@@ -21,6 +21,8 @@ FLAGS = (
     "--disable-component-update --disable-sync --hide-scrollbars --remote-debugging-pipe"
 ).split()
 PATIENCE = 60.0
+KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), "Escape": (27, ""), "ArrowRight": (39, ""), "ArrowLeft": (37, "")}
+"""Number and text of each key that is pressed."""
 
 
 class Browser:
@@ -60,14 +62,18 @@ class Browser:
         os.close(self._in)
 
     def open(self, path: Path, width: int, dark: bool) -> None:
-        """Load a file at a width, as on a phone, in light or dark, and wait until it is there."""
+        """Load a file; see `visit`."""
+        self.visit(path.resolve().as_uri(), width, dark)
+
+    def visit(self, url: str, width: int, dark: bool) -> None:
+        """Load a page at a width, as on a phone, in light or dark, and wait until it is there."""
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", media="screen", features=[scheme])
         self.events.clear()
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        self.send("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._read())
 
@@ -79,8 +85,28 @@ class Browser:
 
     def press(self, key: str) -> None:
         """Press a key."""
+        number, text = KEYS[key]
         for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"Tab": 9}[key])
+            more = {"text": text} if text and kind == "keyDown" else {}
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=number, **more)
+
+    def write(self, text: str) -> None:
+        """Type into what has the focus."""
+        self.send("Input.insertText", text=text)
+
+    def choose_file(self, selector: str, path: Path) -> None:
+        """Give a file to an input."""
+        root = self.send("DOM.getDocument")["root"]["nodeId"]
+        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def wait_for(self, expression: str) -> Any:
+        """Return the value of an expression when it is true."""
+        until = time.monotonic() + PATIENCE
+        while not (found := self.ask(expression)):
+            assert time.monotonic() < until, f"{expression} did not come true: {self.ask('document.body.innerText')}"
+            time.sleep(0.05)
+        return found
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """Write a PNG of the page."""

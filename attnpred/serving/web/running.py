@@ -5,6 +5,7 @@ that are written go on for some seconds, and ends then.
 """
 
 import logging
+import signal
 import socket
 import sys
 import threading
@@ -72,8 +73,12 @@ def run(plan: Plan, rules: Rules, host: str, port: int) -> None:
     print(f"loading {plan.model} ...", file=sys.stderr, flush=True)
     loading = threading.Thread(target=load, name="attnpred loading", daemon=True)
     loading.start()
-    with suppress(KeyboardInterrupt):
-        server.run(sockets=[made])
+    earlier = signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it again when it has ended
+    try:
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[made])
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
     if failures:
         raise failures[0]
 

@@ -84,7 +84,7 @@ def test_the_full_cache_comes_first_and_then_budget_after_budget() -> None:
 
 def test_chance_is_what_the_answers_to_another_document_score() -> None:
     task = TASKS["longbench"]()
-    labels = {"dataset": "multi_news"}
+    labels = {"dataset": "hotpotqa"}
     truths = ("a ship sank near the coast", "a ship sank in the harbour", "taxes rise")
     examples = [Example(str(i), (), (Question((), (truth,), 1, labels=labels),)) for i, truth in enumerate(truths)]
     scores = [task.score(truths[i - 2], examples[i].questions[0]) for i in range(3)]

@@ -1,15 +1,18 @@
 """Scores of an answer against the truth, from 0 to 1: those of LongBench (arXiv 2308.14508) and RULER (arXiv 2404.06654).
 
-Two of them differ from the packages that are used there. `rouge_l` takes the longest common subsequence of the whole
-texts, where the `rouge` package unites those of single sentences; texts of one sentence get the same F. `edit_similarity`
-counts insertions and deletions, as fuzzywuzzy does when python-Levenshtein is installed; without it difflib takes
-its place, whose matching blocks may be shorter than the longest common subsequence, so that its ratio is never larger.
+They give what the packages give that LongBench is published with. `rouge_l` is that of the package `rouge` itself (extra
+`eval`), which counts every word once and unites sentences. `edit_similarity` is what fuzzywuzzy gives by itself: difflib's
+ratio, in whole hundredths; with python-Levenshtein installed it would give another figure.
 """
 
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from difflib import SequenceMatcher
+from importlib.util import find_spec
+
+from attnpred.errors import missing_extra
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -26,10 +29,22 @@ def qa_f1(answer: str, truth: str) -> float:
     return _f_measure((Counter(given) & Counter(wanted)).total(), len(given), len(wanted))
 
 
+def need_rouge() -> None:
+    """Raise `MissingExtraError` unless `rouge_l` can be had: to be asked before anything long."""
+    if find_spec("rouge") is None:
+        raise missing_extra("rouge", "eval")
+
+
 def rouge_l(answer: str, truth: str) -> float:
-    """Return the F-measure of the longest common subsequence of words (ROUGE-L, Lin 2004)."""
-    given, wanted = answer.split(), truth.split()
-    return _f_measure(common_length(given, wanted), len(given), len(wanted))
+    """Return the F of ROUGE-L; 0 where the package gives none, as for an empty text. Raises as `need_rouge`."""
+    need_rouge()
+    from rouge import Rouge
+
+    try:
+        [found] = Rouge(["rouge-l"]).get_scores([answer], [truth])
+    except (ValueError, RecursionError):  # no words; a sentence of a thousand words
+        return 0.0
+    return float(found["rouge-l"]["f"])
 
 
 def classification(answer: str, truth: str, classes: Sequence[str]) -> float:
@@ -42,15 +57,13 @@ def classification(answer: str, truth: str, classes: Sequence[str]) -> float:
 
 
 def edit_similarity(answer: str, truth: str) -> float:
-    """Return the similarity of the first line that is code, in whole hundredths: 2 x common characters / all characters.
+    """Return the similarity of the first line that is code, in whole hundredths.
 
     A line with "`", "#" or "//" in it is taken for a comment or the mark of a code block.
     """
     lines = answer.lstrip("\n").split("\n")
     code = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    if not code or not truth:
-        return 0.0
-    return round(100 * _f_measure(common_length(code, truth), len(code), len(truth))) / 100
+    return round(100 * SequenceMatcher(None, code, truth).ratio()) / 100 if code and truth else 0.0
 
 
 def retrieval(answer: str, truth: str) -> float:
@@ -72,22 +85,6 @@ def all_found(answer: str, wanted: Sequence[str]) -> float:
 def any_found(answer: str, wanted: Sequence[str]) -> float:
     """Return 1 if one of `wanted` stands in `answer`, upper or lower case (RULER: string match part)."""
     return float(any(text.lower() in answer.lower() for text in wanted))
-
-
-def common_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence of two lists of words, or of the characters of two texts.
-
-    The last row of the table is held as one whole number of len(a) bits (Hyyrö 2004), so long texts take no time.
-    """
-    places: dict[str, int] = {}
-    for i, part in enumerate(a):
-        places[part] = places.get(part, 0) | 1 << i
-    every = (1 << len(a)) - 1
-    row = every  # a bit is 0 where the longest length grows
-    for part in b:
-        hits = row & places.get(part, 0)
-        row = ((row + hits) | (row - hits)) & every
-    return len(a) - row.bit_count()
 
 
 def _f_measure(common: int, given: int, wanted: int) -> float:

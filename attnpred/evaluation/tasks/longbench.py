@@ -148,6 +148,8 @@ class LongBench(Task):
         found = []
         for i, (row, name, context, asked, answers) in enumerate(read[: wanted.count]):
             dataset = DATASETS[name]
+            if dataset.metric is _ROUGE:
+                metrics.need_rouge()
             text = dataset.template.format(context=context, input=asked)
             tokens = prompt(tokenizer, text, chat=wanted.chat and not dataset.continued, length=wanted.length)
             labels: dict[str, Any] = {"dataset": name, "tokens": len(tokens)}

@@ -1,7 +1,8 @@
 """The codes of digests and a query, by numba: vectors in LLVM's words, and the pieces of work made of them.
 
 Codes are read once for four queries: 16 bytes of each of four vectors make one register, whose halves are multiplied
-with the query in int8 (one instruction for 64 products where the CPU has AVX-512 VNNI, widened products elsewhere).
+with the query in int8 (one instruction for 64 products where the CPU has AVX-512 VNNI, two for 32 with AVX2, widened
+products elsewhere).
 Their sums, four vectors by four queries, stay side by side: [vector, query] is the layout of everything up to the block.
 
     round_row     a query in int8, as the products want it
@@ -53,12 +54,25 @@ def _larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-def _add_products(builder: Any, has_vnni: bool, total: Any, codes: Any, query: Any) -> Any:
+def _add_products(builder: Any, features: list[str], total: Any, codes: Any, query: Any) -> Any:
     """Add to `total` <16 x i32> the products of bytes 4i to 4i + 3: codes unsigned, query signed."""
-    if has_vnni:
+    if "+avx512vnni" in features:
         kind = ir.FunctionType(_INTS, [_INTS] * 3)
         call = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
         return builder.call(call, [total, builder.bitcast(codes, _INTS), builder.bitcast(query, _INTS)])
+    if "+avx2" in features:
+        bytes_, words, ints = (ir.VectorType(kind, n) for kind, n in ((_BYTE, 32), (_WORD, 16), (_INT, 8)))
+        pairs = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(words, [bytes_] * 2), "llvm.x86.avx2.pmadd.ub.sw"
+        )
+        fours = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ints, [words] * 2), "llvm.x86.avx2.pmadd.wd"
+        )
+        halves = []
+        for first in (0, 32):
+            own = [_shuffle(builder, x, x, list(range(first, first + 32))) for x in (codes, query)]
+            halves.append(builder.call(fours, [builder.call(pairs, own), ir.Constant(words, [1] * 16)]))
+        return builder.add(total, _shuffle(builder, halves[0], halves[1], list(range(16))))
     words = ir.VectorType(_WORD, 64)
     products = builder.mul(builder.zext(codes, words), builder.sext(query, words))  # at most 15 * 127
     for size in (32, 16):
@@ -90,7 +104,7 @@ def _logits(typing: Any, codes: Any, half: Any, pieces: Any, fours: Any, query: 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, half, pieces, fours, query, scales, out = arguments
         size = half.type
-        has_vnni = "+avx512vnni" in context.codegen().magic_tuple()[2].split(",")
+        features = context.codegen().magic_tuple()[2].split(",")
         scale = _load(builder, scales, _FLOATS)
         maxima = cgutils.alloca_once_value(builder, _filled(-3e38))
         totals = [cgutils.alloca_once(builder, _INTS) for _ in range(4)]
@@ -112,7 +126,7 @@ def _logits(typing: Any, codes: Any, half: Any, pieces: Any, fours: Any, query: 
                     value = builder.load(total)
                     for part, offset in ((low, 64 * i), (high, 256 + 64 * i)):
                         operand = _load(builder, builder.add(at, size(offset)), _BYTES)
-                        value = _add_products(builder, has_vnni, value, part, operand)
+                        value = _add_products(builder, features, value, part, operand)
                     builder.store(value, total)
             sums = _four_by_four(builder, [builder.load(total) for total in totals])
             found = builder.fmul(builder.sitofp(sums, _FLOATS), scale)

@@ -96,6 +96,23 @@ def _sums(builder: Any, vectors: list[Any]) -> Any:
     return joined(vectors, quarters([0, 2, 4, 6]), quarters([1, 3, 5, 7]))[0]
 
 
+def _sums_of_eight(builder: Any, vectors: list[Any]) -> Any:
+    """Return the sums of 8 vectors of 8, in their order, for registers of 32 bytes."""
+    even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
+    for low, high in ((even, odd), (even, odd), ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])):
+        first, second = (ir.Constant(ir.VectorType(_INT, 8), order) for order in (low, high))
+        vectors = [
+            builder.fadd(builder.shuffle_vector(a, b, first), builder.shuffle_vector(a, b, second))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+    return vectors[0]
+
+
+def _has_wide_registers(context: Any) -> bool:
+    """Return whether a register holds 16 numbers, and there are 32 of them; else they are 16 of 8 numbers."""
+    return "+avx512f" in context.codegen().magic_tuple()[2].split(",")
+
+
 def _larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
@@ -140,28 +157,42 @@ def dots(typing: Any, kind: Any, keys: Any, dim: Any, fours: Any, query: Any, ou
         _, keys, dim, fours, query, out, top, ahead = arguments
         floats, size = ir.VectorType(_FLOAT, 16), _LONG
         highest = cgutils.alloca_once_value(builder, ir.Constant(floats, [NONE] * 16))
-        totals = [cgutils.alloca_once(builder, floats) for _ in range(16)]
+        # Sums have to fit in registers: 4 keys by 4 queries, or one pass for two queries each.
+        is_wide = _has_wide_registers(context)
+        lanes, at_once = (16, 4) if is_wide else (8, 2)
+        lane_floats = ir.VectorType(_FLOAT, lanes)
+        totals = [cgutils.alloca_once(builder, lane_floats) for _ in range(4 * at_once)]
         key_row, query_row = builder.mul(dim, size(_BYTES_OF[stored])), builder.mul(dim, size(4))
-        chunks = builder.udiv(dim, size(16))
+        chunks = builder.udiv(dim, size(lanes))
+
+        def products(first: Any, queries_at: Any) -> Any:
+            """Return the products of four keys with `at_once` queries."""
+            for total in totals:
+                builder.store(ir.Constant(lane_floats, [0.0] * lanes), total)
+            with cgutils.for_range(builder, chunks) as chunk:
+                at = builder.add(first, builder.mul(chunk.index, size(lanes * _BYTES_OF[stored])))
+                asked = builder.add(queries_at, builder.mul(chunk.index, size(4 * lanes)))
+                queries = [
+                    _load(builder, builder.add(asked, builder.mul(query_row, size(i))), lane_floats)
+                    for i in range(at_once)
+                ]
+                for i in range(4):
+                    key = _widened(context, builder, stored, builder.add(at, builder.mul(key_row, size(i))), lanes)
+                    for q in range(at_once):
+                        total = totals[at_once * i + q]
+                        builder.store(_multiply_add(builder, key, queries[q], builder.load(total)), total)
+            return (_sums if is_wide else _sums_of_eight)(builder, [builder.load(total) for total in totals])
+
         with cgutils.for_range(builder, fours) as four:
             first = builder.add(keys, builder.mul(builder.mul(four.index, size(4)), key_row))
-            for total in totals:
-                builder.store(ir.Constant(floats, [0.0] * 16), total)
             offset = builder.mul(builder.mul(four.index, size(4)), key_row)
             with cgutils.for_range(builder, builder.udiv(key_row, size(16))) as line:
                 _prefetch(builder, builder.add(ahead, builder.add(offset, builder.mul(line.index, size(64)))))
-            with cgutils.for_range(builder, chunks) as chunk:
-                at = builder.add(first, builder.mul(chunk.index, size(16 * _BYTES_OF[stored])))
-                asked = builder.add(query, builder.mul(chunk.index, size(64)))
-                queries = [
-                    _load(builder, builder.add(asked, builder.mul(query_row, size(i))), floats) for i in range(4)
-                ]
-                for i in range(4):
-                    key = _widened(context, builder, stored, builder.add(at, builder.mul(key_row, size(i))), 16)
-                    for q in range(4):
-                        total = totals[4 * i + q]
-                        builder.store(_multiply_add(builder, key, queries[q], builder.load(total)), total)
-            found = _sums(builder, [builder.load(total) for total in totals])
+            found = products(first, query)
+            if not is_wide:
+                others = products(first, builder.add(query, builder.mul(query_row, size(2))))
+                order = [2 * key + q + half for key in range(4) for half in (0, 8) for q in (0, 1)]
+                found = builder.shuffle_vector(found, others, ir.Constant(ir.VectorType(_INT, 16), order))
             _store(builder, found, builder.add(out, builder.mul(four.index, size(64))))
             builder.store(_larger(builder, builder.load(highest), found), highest)
         _store(builder, _folded(builder, builder.load(highest), _larger), top)
@@ -227,9 +258,10 @@ def add_weighted(typing: Any, kind: Any, values: Any, dim: Any, tokens: Any, wei
                 for total, place in zip(totals, places, strict=True):
                     _store(builder, builder.load(total), place)
 
-        wide = builder.udiv(dim, size(32))
+        wide = builder.udiv(dim, size(32)) if _has_wide_registers(context) else size(0)
         columns(32, size(0), wide)
-        columns(16, builder.mul(wide, size(32)), builder.udiv(builder.urem(dim, size(32)), size(16)))
+        done = builder.mul(wide, size(32))
+        columns(16, done, builder.udiv(builder.sub(dim, done), size(16)))
         return context.get_dummy_value()
 
     return types.void(kind, *[types.int64] * 6), generate

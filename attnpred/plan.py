@@ -43,16 +43,20 @@ def is_plain(decoder: LayerDecoder) -> bool:
 
 def plan_for(decoder: LayerDecoder, store: Store, heads: int, scale: float) -> "Plan | None":
     """Return the plan for one token more, with `heads` query heads; None where that step is not plain."""
-    chooser, memory, known = decoder.chooser, decoder.memory, decoder.plan
-    if type(store) is not BlockPool or chooser.first_block is not None or chooser.left.kept is not None:
-        return None
-    if known is None and not is_plain(decoder):
-        return None
-    if memory.sealed <= 0 or memory.sealed != store.length // store.block_size:
-        return None
-    if known is None or not known.holds(store, scale):
-        known = decoder.plan = Plan(decoder, store, heads, scale) if _is_served(store) else None
-    return known
+    known = decoder.plan
+    if known is not None and known.holds(store, scale):
+        return known
+    decoder.plan = None
+    if type(store) is BlockPool and is_plain(decoder) and _is_in_step(decoder, store) and _is_served(store):
+        decoder.plan = Plan(decoder, store, heads, scale)
+    return decoder.plan
+
+
+def _is_in_step(decoder: LayerDecoder, store: Store) -> bool:
+    """Return whether rows are not padded, nothing is evicted, and the digests have all that they can have."""
+    chooser = decoder.chooser
+    is_whole = chooser.first_block is None and chooser.left.kept is None
+    return is_whole and bool(0 < decoder.memory.sealed == store.length // store.block_size)
 
 
 def _is_served(store: BlockPool) -> bool:
@@ -84,7 +88,7 @@ class Plan:
         coded = Coded(memory.digest.for_numba(scale), centre.contiguous(), to_keys.contiguous(), codes)
         self._step = Step(keys, values, store.block_size, query, scale, coded, past, weights, distances, RATE)
         self._asked = Asked(query, scale, store.heads, 0)
-        self._block_bytes = store.block_bytes()
+        self._block_bytes, self._code_bytes = store.block_bytes(), codes[:, :, 0].nbytes
         self.shape = keys.shape[0], keys.shape[1], keys.shape[3]
         """B, Hkv, D."""
         config = decoder.config
@@ -109,6 +113,7 @@ class Plan:
         memory: Fitted = self._decoder.memory
         return (
             store is self._store
+            and _is_in_step(self._decoder, store)
             and store.room()[0] is self._keys()
             and all(map(is_, memory.tables_for(self._blocks()), self._tables))
             and scale == self._scale
@@ -133,7 +138,7 @@ class Plan:
         chooser.pending, chooser.attended = None, (zone, selection)
         chooser.steps += 1
         counts, blocks, rows = decoder.counts, selection.shape[2], self.shape[0] * self.shape[1]
-        counts.digest_bytes += memory.look_bytes()
+        counts.digest_bytes += sealed * self._code_bytes
         attended = blocks * size - (zone.blocks * size - zone.length)
         full = zone.length * rows * self._block_bytes // size
         counts.count_sparse(zone.length, attended, blocks, blocks * rows * self._block_bytes, full)

@@ -11,13 +11,13 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as torch_module
 
 from attnpred.errors import ConfigError
 from attnpred.hf.argument import NAMES
 from attnpred.hf.attention import attention
 from attnpred.hf.cache import IMPLEMENTATION, TieredCache
-from attnpred.hf.packed_forward import PackedForward, version
+from attnpred.hf.packed_forward import PackedForward
+from attnpred.hf.unchanged import Unchanged
 from attnpred.kernels.numba_layer import Layer, Norm, Norms
 from attnpred.kernels.numba_linear import MOST
 
@@ -41,8 +41,6 @@ NORMS_OF = {
 SHORT_OF_ONE = ("Gemma3RMSNorm",)
 """Norms whose weight is to be added to one."""
 ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
-OF_TRANSFORMERS = "transformers.utils.output_capturing"
-"""Where hooks come from that stay, and do nothing unless attention weights are asked for, which is refused."""
 
 
 @final
@@ -56,14 +54,7 @@ class CompiledForward:
         self._stock, self._module, self.layer = type(layer).forward, layer, layer_of
         self.attention = layer.self_attn
         self._sliding = {"sliding_window": getattr(layer.self_attn, "sliding_window", None)}
-        self._parts = [
-            (holder._modules, name, part, vars(part).get("forward"))
-            for holder in layer.modules()
-            for name, part in holder.named_children()
-        ]
-        self._weights = [
-            (x._parameters, x.weight, version(x.weight)) for x in layer.modules() if "weight" in x._parameters
-        ]
+        self._unchanged = Unchanged(layer)
         self.steps = self.hooked = 0
         self.is_sliding = self._sliding["sliding_window"] is not None
 
@@ -95,25 +86,7 @@ class CompiledForward:
 
     def is_free(self) -> bool:
         """Return whether nobody listens to a part of the layer, or has changed what it is or does."""
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return False
-        for parameters, weight, known in self._weights:
-            if parameters.get("weight") is not weight or version(weight) != known:
-                return False
-        for children, name, part, forward in self._parts:
-            own = part.__dict__
-            if children.get(name) is not part or own.get("forward") is not forward or own["_forward_pre_hooks"]:
-                return False
-            hooks = own["_forward_hooks"]
-            if hooks and any(hook.__module__ != OF_TRANSFORMERS for hook in hooks.values()):
-                return False
-        return True
-
-    def is_heard(self) -> bool:
-        """Return whether somebody listens to the layer itself."""
-        own = self._module
-        hooks = own._forward_hooks.values()
-        return bool(own._forward_pre_hooks) or any(hook.__module__ != OF_TRANSFORMERS for hook in hooks)
+        return self._unchanged.holds()
 
     def _step(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, position_embeddings: Any, **kwargs: Any

@@ -5,6 +5,7 @@ Embedding, rotary tables and last norm are called as they are; between them is o
 as before (`attnpred.hf.compiled_layer`); where it is a decode step, it is counted with its reason.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from types import MethodType
@@ -21,6 +22,7 @@ from attnpred.hf.cache import IMPLEMENTATION, TieredCache
 from attnpred.hf.compiled_layer import CompiledForward
 from attnpred.hf.layer import TieredLayer
 from attnpred.hf.modes import without_inference_mode
+from attnpred.hf.unchanged import Unchanged
 from attnpred.plan import Plan, plan_for
 from attnpred.policies.select import Zone
 
@@ -41,6 +43,8 @@ class CompiledStack:
     def __init__(self, module: Any, layers: Sequence[CompiledForward]) -> None:
         self._stock, self._module, self._layers = type(module).forward, module, layers
         self.tokens, self.apart = 0, Counter[str]()
+        self._unchanged = Unchanged(module.layers)
+        self._next: Any = None  # the cache of the last token, and how many it holds then
         self._last: Any = None  # addresses of plans, and the token made of them
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,6 +56,7 @@ class CompiledStack:
                 self.tokens += 1
                 return BaseModelOutputWithPast(last_hidden_state=found, **cache_argument(cache))
             self.apart[found] += 1
+        self._next = None
         return self._stock(self._module, *args, **kwargs)
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
@@ -76,7 +81,7 @@ class CompiledStack:
         mask, ids, length = kwargs.get("attention_mask"), kwargs["input_ids"], cache.get_seq_length()
         if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
             return MASK
-        if not self._is_free():
+        if not self._is_free(cache, length):
             return HOOK
         with without_inference_mode():
             plans = self._plans(cache, ids.shape[0])
@@ -123,15 +128,15 @@ class CompiledStack:
             hidden, cos.flatten(0, 1).float().contiguous(), sin.flatten(0, 1).float().contiguous(), length
         )
 
-    def _is_free(self) -> bool:
-        """Return whether nobody listens to a layer or a part of it, or has changed what it is or does."""
-        held = self._module.layers._modules
-        if len(held) != len(self._layers) or self._module.config.num_hidden_layers != len(held):
-            return False
-        for layer, own in zip(held.values(), self._layers, strict=True):
-            if vars(layer).get("forward") is not own or not own.is_free() or own.is_heard():
-                return False
-        return True
+    def _is_free(self, cache: TieredCache, length: int) -> bool:
+        """Return whether nobody listens to a layer or a part of it, or has changed what it is or does.
+
+        That takes a twentieth of a token, so where it goes on from its own last one only hooks are looked for.
+        """
+        last, self._next = self._next, (weakref.ref(cache), length + 1)
+        if last is not None and last[0]() is cache and last[1] == length:
+            return not self._unchanged.is_heard()
+        return self._unchanged.holds() and bool(self._module.config.num_hidden_layers == len(self._layers))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return the stock `forward` of the decoder's copy."""

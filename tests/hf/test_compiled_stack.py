@@ -178,3 +178,14 @@ def test_the_model_is_given_back() -> None:
     with attnpred.attach(model, config=SMALL, weights="int8"):
         assert "forward" in vars(model.model)
     assert "forward" not in vars(model.model)
+
+
+def test_what_is_changed_between_two_texts_is_not_overlooked() -> None:
+    model = wide()
+    with attach(model, config=SMALL, weights="int8") as attached:
+        greedy(model, TOKENS[:1], 4)
+        with torch.no_grad():
+            model.model.layers[1].input_layernorm.weight.mul_(2)
+        greedy(model, TOKENS[:1], 4)
+        counted = attached.stats()["weights"]
+        assert counted["tokens"] == 3 and counted["apart"] == {HOOK: 3} and counted["hooked"] == 3

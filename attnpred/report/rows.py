@@ -1,17 +1,18 @@
 """Reading the rows of `attnpred eval`, and checking them: what the report draws comes from `Row` and nothing else.
 
-A row is one JSON object on one line. Needed are the keys of `NEEDED`; the others may be missing or null, and what needs
-them is then left out. A wrong value is an error that names file and line. `raw` keeps the whole object for the table.
+A row is one JSON object on one line. Its names and types are the fields of `Row`; those with a default may be missing or
+null, and what needs them is then left out. A wrong value is an error that names file and line. `raw` keeps the whole
+object for the table.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from attnpred.checks import is_finite
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, Strict, ValidationError
+
 from attnpred.errors import ConfigError
 from attnpred.reading import ROWS_BYTES, parse_json, read_text
 from attnpred.row_check import require_unchanged
@@ -21,46 +22,83 @@ COSTS = ("ms_per_token", "bytes_per_step", "fast_bytes")
 """What a row may cost: milliseconds, bytes read in a decode step, bytes held in fast memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Against:
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("turned round")
+    return value
+
+
+Words = Annotated[str, Field(pattern=r"\S", description="a text")]
+Interval = Annotated[tuple[FiniteFloat, FiniteFloat], Strict(False), AfterValidator(_ordered)]  # JSON has lists
+Cost = Annotated[FiniteFloat, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    """A part of a JSON object: types as they are written, other keys allowed."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class Against(_Part):
     """How a row differs from the full cache, item by item: the mean difference (row - full) and its 95 % interval."""
 
-    difference: float
-    low: float
-    high: float
+    difference: FiniteFloat
+    interval: Interval
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval."""
+        return self.interval[0]
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval."""
+        return self.interval[1]
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(_Part):
     """One measured thing of a row; labels say what it may be sorted by (depth, turn ...)."""
 
-    value: float
-    labels: Mapping[str, Any]
+    value: FiniteFloat
+    labels: Annotated[dict[str, Any], BeforeValidator(lambda labels: labels or {})] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(_Part):
     """One line. budget: a share of the context up to 1, else tokens; None only of the policy `full`. length: tokens.
 
     text: which texts, "" where the row does not say. value: NaN where nothing was measured (n = 0). interval: of `value`,
-    95 %. costs: those of `COSTS` that are known.
+    95 %.
     """
 
-    model: str
-    policy: str
-    budget: float | None
-    task: str
-    text: str
-    metric: str
-    length: int | None
-    value: float
-    n: int | None
-    interval: tuple[float, float] | None
-    against: Against | None
-    lower_is_better: bool
-    costs: Mapping[str, float]
-    items: tuple[Item, ...]
+    model: Words
+    policy: Words
+    task: Words
+    metric: Words
+    value: float = Field(description="a finite number (null only where n is 0)")
+    budget: FiniteFloat | None = Field(None, gt=0, description="a share up to 1 or a number of tokens")
+    length: int | None = Field(None, gt=0, description="a whole number of tokens")
+    n: int | None = Field(None, ge=0, description="a whole number")
+    text: Words = ""
+    interval: Interval | None = Field(None, description="two numbers, the lower one first")
+    against: Against | None = Field(
+        None,
+        alias="against_full",
+        description="'difference' and its 'interval': the report shows none without the other",
+    )
+    items: list[Item] = Field([], description="a list")
+    config: dict[str, Any] = Field({}, description="an object")
+    settings: dict[str, Any] = Field({}, description="an object")
+    lower_is_better: bool = Field(False, description="true or false")
+    ms_per_token: Cost | None = Field(None, description="a number of at least 0")
+    bytes_per_step: Cost | None = Field(None, description="a number of at least 0")
+    fast_bytes: Cost | None = Field(None, description="a number of at least 0")
     raw: Raw
+
+    @property
+    def costs(self) -> Mapping[str, float]:
+        """Those of `COSTS` that are known."""
+        found = {name: getattr(self, name) for name in COSTS}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def is_full(self) -> bool:
@@ -116,57 +154,33 @@ def _is_json(line: str) -> bool:
 def _row(line: str, where: str) -> Row:
     raw = parse_json(line, where, "one object: run `attnpred eval` again if it was cut short")
     if not isinstance(raw, dict):
-        raise ConfigError(f"got {where} with {_short(raw)}, expected an object with {_names(NEEDED)}")
+        raise ConfigError(f"got {where} with {_short(raw)}, expected an object with {_NEEDED}")
     require_unchanged(raw, where)
-    for name, (check, _) in NEEDED.items():
-        if name not in raw:
-            raise ConfigError(f"got {where} without {name!r}, expected {_names(NEEDED)}")
-        nothing = name == "value" and raw[name] is None and raw.get("n") == 0
-        if not nothing and (raw[name] is None or not check(raw[name])):
-            raise _wrong(where, name, raw[name])
-    for name, (check, _) in OPTIONAL.items():
-        if raw.get(name) is not None and not check(raw[name]):
-            raise _wrong(where, name, raw[name])
-    budget = raw.get("budget")
-    if budget is None and raw["policy"].partition(":")[0] != "full":
-        raise ConfigError(
-            f"got {where} without 'budget', expected one for policy {raw['policy']!r} (only full has none)"
-        )
-    return Row(
-        model=raw["model"],
-        policy=raw["policy"],
-        budget=budget,
-        task=raw["task"],
-        text=raw.get("text") or "",
-        metric=raw["metric"],
-        length=raw.get("length"),
-        value=math.nan if raw["value"] is None else raw["value"],
-        n=raw.get("n"),
-        interval=(raw["interval"][0], raw["interval"][1]) if raw.get("interval") else None,
-        against=_against(raw.get("against_full")),
-        lower_is_better=bool(raw.get("lower_is_better")),
-        costs={name: raw[name] for name in COSTS if raw.get(name) is not None},
-        items=tuple(_items(raw.get("items") or (), where)),
-        raw=raw,
-    )
+    given = {name: value for name, value in raw.items() if value is not None or name in NEEDED}
+    if given.get("value", 0) is None and raw.get("n") == 0:
+        given["value"] = math.nan
+    against = given.get("against_full")
+    if isinstance(against, dict) and against.get("difference") is None and against.get("interval") is None:
+        del given["against_full"]
+    try:
+        row = Row.model_validate(given | {"raw": raw})
+    except ValidationError as error:
+        raise _wrong(where, raw, error) from None
+    if row.budget is None and not row.is_full:
+        raise ConfigError(f"got {where} without 'budget', expected one for policy {row.policy!r} (only full has none)")
+    return row
 
 
-def _against(found: Mapping[str, Any] | None) -> Against | None:
-    return Against(found["difference"], *found["interval"]) if found and found.get("interval") else None
-
-
-def _items(found: Sequence[Any], where: str) -> Iterator[Item]:
-    for number, item in enumerate(found):
-        labels = item.get("labels") or {} if isinstance(item, dict) else None
-        if not isinstance(labels, dict) or not is_finite(item.get("value")):
-            raise ConfigError(
-                f"got {where} with items[{number}] = {_short(item)}, expected an object with a number 'value'"
-            )
-        yield Item(item["value"], labels)
-
-
-def _wrong(where: str, name: str, value: Any) -> ConfigError:
-    return ConfigError(f"got {where} with {name}={_short(value)}, expected {(NEEDED | OPTIONAL)[name][1]}")
+def _wrong(where: str, raw: Raw, error: ValidationError) -> ConfigError:
+    """Return the error for the first wrong value."""
+    name, *rest = error.errors(include_url=False)[0]["loc"]
+    if name not in raw:
+        return ConfigError(f"got {where} without {name!r}, expected {_NEEDED}")
+    if name == "items" and rest:
+        item = _short(raw["items"][rest[0]])
+        return ConfigError(f"got {where} with items[{rest[0]}] = {item}, expected an object with a number 'value'")
+    found = next(field for own, field in Row.model_fields.items() if name in (own, field.alias))
+    return ConfigError(f"got {where} with {name}={_short(raw[str(name)])}, expected {found.description}")
 
 
 def _short(value: Any) -> str:
@@ -174,50 +188,5 @@ def _short(value: Any) -> str:
     return words if len(words) <= 60 else words[:57] + "..."
 
 
-def _names(table: Mapping[str, Any]) -> str:
-    return "the keys " + ", ".join(table)
-
-
-def _word(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _interval(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_finite, value)) and value[0] <= value[1]
-
-
-def _paired(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    both = value.get("difference"), value.get("interval")
-    return both == (None, None) or (is_finite(both[0]) and _interval(both[1]))
-
-
-Check = tuple[Callable[[Any], bool], str]
-_A_WORD = (_word, "a text")
-_A_COST = (lambda value: is_finite(value) and value >= 0, "a number of at least 0")
-_AN_INTERVAL = (_interval, "two numbers, the lower one first")
-NEEDED: dict[str, Check] = {
-    "model": _A_WORD,
-    "policy": _A_WORD,
-    "task": _A_WORD,
-    "metric": _A_WORD,
-    "value": (is_finite, "a finite number (null only where n is 0)"),
-}
-OPTIONAL: dict[str, Check] = {
-    "budget": (lambda value: is_finite(value) and value > 0, "a share up to 1 or a number of tokens"),
-    "length": (lambda value: _count(value) and value > 0, "a whole number of tokens"),
-    "n": (_count, "a whole number"),
-    "text": _A_WORD,
-    "interval": _AN_INTERVAL,
-    "against_full": (_paired, "'difference' and its 'interval': the report shows none without the other"),
-    "items": (lambda value: isinstance(value, list), "a list"),
-    "config": (lambda value: isinstance(value, dict), "an object"),
-    "settings": (lambda value: isinstance(value, dict), "an object"),
-    "lower_is_better": (lambda value: isinstance(value, bool), "true or false"),
-    **dict.fromkeys(COSTS, _A_COST),
-}
+NEEDED = [name for name, field in Row.model_fields.items() if field.is_required() and name != "raw"]
+_NEEDED = "the keys " + ", ".join(NEEDED)

@@ -15,9 +15,15 @@ from pathlib import Path
 
 from tests.forks import end_of, forked
 from tests.reliability.outcome import Outcome
-from tests.reliability.things import ConvertedModel, Rows, SavedCache, SavedPredictor, Thing
+from tests.reliability.things import ConvertedModel, KeptBlock, Rows, SavedCache, SavedPredictor, Thing
 
-KILLED: tuple[type[Thing], ...] = (SavedCache, SavedPredictor, Rows, *([ConvertedModel] if find_spec("gguf") else []))
+KILLED: tuple[type[Thing], ...] = (
+    SavedCache,
+    SavedPredictor,
+    Rows,
+    KeptBlock,
+    *([ConvertedModel] if find_spec("gguf") else []),
+)
 PIECE, PAUSE = 64, 0.0002
 """Bytes that the writer's disk takes in one call, or a third of what it is given, and seconds that it takes."""
 PATIENCE = 30.0

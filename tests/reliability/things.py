@@ -22,6 +22,7 @@ from attnpred.hf import TieredCache
 from attnpred.hf.gguf_file import converted
 from attnpred.predictor.pretrained import Predictor, PredictorConfig
 from attnpred.report.rows import read_rows
+from attnpred.serving.chain import BlockStore
 from tests.hf.support import SMALL
 from tests.models import prompt, tiny_model
 
@@ -115,6 +116,35 @@ class CacheFromFile(SavedCache):
 
     name = "saved cache, blocks read late"
     offload = "cpu"
+
+
+class KeptBlock(Thing):
+    """A block of the server's store, which is written behind answers; the forms are two contents of one name."""
+
+    name = "block of the server"
+    _key = "0" * 64
+
+    def _block(self, form: int) -> dict[str, Tensor]:
+        return {"0.keys": torch.full((2, 256, 16), float(form)), "0.values": torch.full((2, 256, 16), -float(form))}
+
+    def steps(self) -> Iterator[None]:
+        for number in count():
+            (self.folder / f"{self._key}.block").unlink(missing_ok=True)  # what is there is not written again
+            store = BlockStore(self.folder, 1 << 30, 0)
+            store.put(self._key, self._block(number % 2))
+            store.close()
+            yield
+
+    def wrong(self, confirmed: int = 0) -> str | None:
+        if not (self.folder / f"{self._key}.block").exists():
+            return None  # it is read again
+        store = BlockStore(self.folder, 1 << 30, 0)
+        found = store.take([self._key])
+        store.close()
+        if not found:
+            return "it is there, and cannot be read"
+        is_one = any(all(torch.equal(found[0][part], x) for part, x in self._block(form).items()) for form in range(2))
+        return None if is_one else "it was read, and is neither"
 
 
 class SavedPredictor(Thing):

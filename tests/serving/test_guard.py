@@ -51,6 +51,7 @@ def test_a_key_is_needed(server: Running, key: str) -> None:
     assert httpx.get(f"{server.url}/health").status_code == httpx.get(f"{server.url}/").status_code == 200
 
 
+@pytest.mark.slow
 def test_each_key_has_what_is_its_own(server: Running) -> None:
     """Documents, and also what was read: neither the counters nor the time tell of another key's."""
 

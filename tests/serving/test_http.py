@@ -228,6 +228,7 @@ def test_metrics_count(server: Running) -> None:
     assert generated() == before + 3
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:
     plan = Plan("demo", settings=SMALL, streams=1, waiting=1)
     body = {"model": "demo", "prompt": "The", "max_tokens": 300, "temperature": 0}
@@ -245,6 +246,7 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:
     assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
 
 
+@pytest.mark.slow
 def test_what_can_never_fit_is_refused_in_one_line() -> None:
     with serving(Plan("demo", settings=SMALL, memory_limit=1 << 20)) as server:
         found = post(server, "/v1/completions", model="demo", prompt=STORY, max_tokens=2000)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnpred.serving.calls import Calls
@@ -22,6 +22,7 @@ def told(ids: list[int], stops: list[str], strips: bool = False) -> tuple[str, l
     return "".join(parts) + teller.finish(), parts, False
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=4), max_size=3), st.booleans())
 def test_parts_make_the_text_up_to_its_first_stop(text: str, stops: list[str], strips: bool) -> None:
     ids = WORDS(text, add_special_tokens=False)["input_ids"]

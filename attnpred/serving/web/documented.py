@@ -41,7 +41,7 @@ OBJECT = {"application/json": {"schema": {"type": "object"}}}
 ANSWERS: dict[int | str, dict[str, Any]] = REFUSALS | {
     200: {
         "description": "The answer; with stream=true as server-sent events.",
-        "content": OBJECT | {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": OBJECT | {"text/event-stream": {"schema": {"type": "object"}}},
     }
 }
 PLAIN: dict[int | str, dict[str, Any]] = REFUSALS | {200: {"description": "The answer.", "content": OBJECT}}

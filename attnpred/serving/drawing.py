@@ -63,6 +63,8 @@ class Drawer:
         chances = (logits / self.drawing.temperature).softmax(0)
         if self.drawing.top_p < 1:
             ordered, tokens = chances.sort(descending=True)
-            ordered = ordered.masked_fill(ordered.cumsum(0) - ordered >= self.drawing.top_p, 0.0)
+            is_out = ordered.cumsum(0) - ordered >= self.drawing.top_p
+            is_out[0] = False  # the share may be less than a number of 32 bits can say
+            ordered = ordered.masked_fill(is_out, 0.0)
             return int(tokens[torch.multinomial(ordered, 1, generator=self._generator)])
         return int(torch.multinomial(chances, 1, generator=self._generator))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnpred.cli.tables import drawn
 from attnpred.config import CacheConfig
 
 if TYPE_CHECKING:
@@ -107,7 +108,6 @@ class _Stream:
 def table(columns: "list[Column]") -> str:
     """Return the figures of all columns, one column each."""
     rows = [
-        ("", [column.policy for column in columns]),
         ("answers right", [f"{column.correct} of {len(column.answers)}" for column in columns]),
         ("KL to the full cache per token", ["-" if column.kl is None else f"{column.kl:.3f}" for column in columns]),
         ("tokens attended per head", [f"{column.costs['tokens_attended']:,.0f}" for column in columns]),
@@ -115,8 +115,7 @@ def table(columns: "list[Column]") -> str:
         ("fast memory", [f"{column.costs['fast_bytes'] / 2**20:.1f} MiB" for column in columns]),
         ("ms per token", [f"{column.costs['ms_per_token']:.0f}" for column in columns]),
     ]
-    width = max(14, *(len(cell) + 2 for _, cells in rows for cell in cells))
-    return "\n".join(f"{name:<32}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows)
+    return drawn(["", *(column.policy for column in columns)], [[name, *cells] for name, cells in rows], numbers=True)
 
 
 def _worth_showing(quiz: "Quiz", answers: "list[Given]") -> "Given":

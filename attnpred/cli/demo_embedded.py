@@ -3,6 +3,7 @@
 from typing import Any
 
 from attnpred.cli.demo_columns import Wanted
+from attnpred.cli.tables import drawn
 
 LONGEST = 64
 """Tokens of a question and its answer, and a few to spare."""
@@ -74,12 +75,9 @@ def embedded(wanted: Wanted) -> None:
 def _table(result: dict[str, Any], policy: str) -> str:
     full, part = result["full"], result["predicted"]
     shown = result["answers"][:: max(1, len(result["answers"]) // 6)][:6]
-    width = max(len(row["question"]) for row in shown)
-    lines = [f"{'Question (after the whole text)':<{width}}  {'planted':>8}{'full':>8}{policy:>11}"]
-    lines += [f"{r['question']:<{width}}  {r['expected']:>8}{r['full']:>8}{r['predicted']:>11}" for r in shown]
-    lines.append("")
+    head = ["Question (after the whole text)", "planted", "full", policy]
+    asked = drawn(head, [[r["question"], r["expected"], r["full"], r["predicted"]] for r in shown], numbers=True)
     rows = [
-        ("", "full cache", policy),
         ("facts answered", f"{full['correct']} of {full['total']}", f"{part['correct']} of {part['total']}"),
         ("bits per byte, continuation", f"{full['bits_per_byte']:.3f}", f"{part['bits_per_byte']:.3f}"),
         ("tokens attended per step", f"{full['tokens_attended']:.0f}", f"{part['tokens_attended']:.0f}"),
@@ -90,8 +88,10 @@ def _table(result: dict[str, Any], policy: str) -> str:
     if "hit_rate" in part:
         rows.append(("blocks there when needed", "", f"{part['hit_rate']:.1%}"))
         rows.append(("ms per token waiting for them", "", f"{part['exposed_wait_ms']:.2f}"))
-    lines += [f"{name:<30}{left:>16}{right:>16}" for name, left, right in rows]
-    lines += [
+    lines = [
+        asked,
+        "",
+        drawn(["", "full cache", policy], rows, numbers=True),
         "",
         f"{result['compression']:.1f} times less KV read per step, over all layers, digests and calibration included "
         f"(budget {result['budget_tokens']} of {result['context_tokens']} tokens per head and layer).",

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from attnpred.cli.tables import drawn
+
 DEMO: dict[str, Any] = {
     "name": "demo",
     "title": "demo LM of this project",
@@ -80,11 +82,9 @@ def collect() -> list[dict[str, Any]]:
 
 
 def _text(rows: list[dict[str, Any]]) -> str:
-    lines = [list(COLUMNS)]
+    lines = []
     for row in rows:
         size = f"{row['download'] / 1e6:.0f} MB" if row["download"] else "-"
         shown = row | {"context": f"{row['context']:,}", "download": size, "here": row["here"] or "no"}
         lines.append([str(shown[column]) for column in COLUMNS])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*table, "get one: attnpred models fetch NAME"])
+    return f"{drawn(COLUMNS, lines)}\nget one: attnpred models fetch NAME"

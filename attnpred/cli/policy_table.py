@@ -7,6 +7,8 @@ a token costs (`attnpred.hf.sizes`). It is for one kv head of 128 dimensions in 
 
 from typing import Any
 
+from attnpred.cli.tables import drawn
+
 CONTEXTS = (1 << 15, 1 << 16)
 KV_HEADS, DIM, GROUP = 8, 128, 4
 COLUMNS = {
@@ -57,15 +59,12 @@ def describe(name: str) -> dict[str, Any]:
 
 def text(rows: dict[str, dict[str, Any]]) -> str:
     """Return the table as people read it."""
-    lines = [list(COLUMNS.values())]
+    lines = []
     for name, row in rows.items():
         cells = {"policy": name} | {key: _cell(value) for key, value in row.items()}
         lines.append([cells[key] for key in COLUMNS])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(
-        [*shown, "bytes/token: what is remembered for each token and kv head, beside 512 for a key and its value"]
-    )
+    said = "bytes/token: what is remembered for each token and kv head, beside 512 for a key and its value"
+    return f"{drawn(list(COLUMNS.values()), lines)}\n{said}"
 
 
 def _cell(value: Any) -> str:

@@ -24,7 +24,7 @@ def patterns(path: Path) -> None:
     from attnpred.evaluation.book import demo_book
     from attnpred.evaluation.texts import number_table
     from attnpred.hf import load_model
-    from attnpred.report.patterns_figure import draw, pattern_scores, strongest
+    from tools.patterns_figure import draw, pattern_scores, strongest
 
     model, tokenizer = load_model("demo")
     texts = {"the book": demo_book(), "a number table": number_table(random.Random(TABLE_SEED), 2 * LENGTH)}

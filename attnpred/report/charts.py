@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from attnpred.report.look import Look
-from attnpred.report.recovery_figure import spread
 from attnpred.report.svg import WIDTH, Picture, Scale, around, mark, picture, tag, words_at
 from attnpred.report.words import counted
 
@@ -212,6 +211,19 @@ def _legend(
         drawn.append(tag("g", key, transform=f"translate({x + 6:.1f} {y - 4:.1f})") + words_at(x + 18, y, shown))
         x += wide
     return "".join(drawn), y + 10
+
+
+def spread(values: Sequence[float], gap: float, high: float) -> list[float]:
+    """Return places, close to the falling `values`, that are at least `gap` apart and at most `high`."""
+    places = list(values)
+    for _ in range(200):  # neighbours that are too close push each other apart, until none is
+        for i in range(len(places) - 1):
+            lack = gap - (places[i] - places[i + 1])
+            if lack > 0:
+                places[i] += lack / 2
+                places[i + 1] -= lack / 2
+        places = [min(place, high - i * gap) for i, place in enumerate(places)]
+    return places
 
 
 def short(value: float) -> str:

@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 
-from attnpred.report.charts import Axis, Level, Point, front, line_chart, scatter_chart
+from attnpred.report.charts import Axis, Level, Point, front, line_chart, scatter_chart, spread
 from attnpred.report.heat import grid_chart, image_chart, png
 from attnpred.report.look import COLOURS, DARK, LIGHT, as_hex, contrast, ink_on, looks, shade
 from attnpred.report.svg import WIDTH, Scale, standalone
@@ -93,6 +93,36 @@ def test_ticks_are_inside_and_few(low: float, high: float, log: bool) -> None:
     ticks = Scale(low, high, 0, 1, log).ticks()
     assert 2 <= len(ticks) <= 7 and ticks == sorted(ticks)
     assert low * 0.999 <= ticks[0] and ticks[-1] <= high * 1.001
+
+
+def test_names_are_moved_apart() -> None:
+    places = spread([1.0, 0.99, 0.985, 0.5, 0.499], gap=0.05, high=1.0)
+    assert max(places) <= 1.0 and all(a - b > 0.0499 for a, b in itertools.pairwise(places))
+    assert spread([0.9, 0.5], 0.05, 1.0) == [0.9, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["lines", "scatter"])
+def test_series_without_a_look_of_their_own_are_grey(kind: str) -> None:
+    series = {name: [Point(1, i), Point(2, i + 0.5)] for i, name in enumerate("abcd")}
+    draw = line_chart if kind == "lines" else scatter_chart
+    made = draw("n", "t", "d", series, looks(series), Axis("x"), Y, own=frozenset("bd"))
+    root = ET.fromstring(made.svg)
+    texts = {"".join(text.itertext()) for text in root.iter(f"{SVG}text")}
+    assert {"B  b", "D  d", "2 more policies"} <= texts and not {"A  a", "C  c"} & texts
+    grey = [
+        e
+        for e in root
+        if "line" in e.get("class", "").split() and e.tag == f"{SVG}{'path' if kind == 'lines' else 'circle'}"
+    ]
+    assert len(grey) == (2 if kind == "lines" else 4)
+    whole = draw("n", "t", "d", series, looks(series), Axis("x"), Y)
+    assert "more policies" not in whole.svg
+
+
+def test_among_points_only_the_front_has_whiskers() -> None:
+    points = [Point(1, 0.5, (0.4, 0.6)), Point(2, 0.3, (0.2, 0.4)), Point(3, 0.9, (0.8, 1.0))]
+    made = scatter_chart("n", "t", "d", {"a": points}, looks("a"), Axis("x"), Y)
+    assert made.svg.count('class="thin faint"') == 2
 
 
 SERIES = {

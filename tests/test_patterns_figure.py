@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnpred.errors import MissingExtraError, ShapeError
-from attnpred.report.patterns_figure import RECENT, SINKS, TOP, draw, middle, pattern_scores, season, strongest
+from tools.patterns_figure import RECENT, SINKS, TOP, draw, middle, pattern_scores, season, strongest
 
 STEPS, BLOCKS, PERIOD = 256, 200, 22
 PLANTED = {"re-access": (0, 1), "sequential": (1, 0), "seasonal": (1, 1)}  # layer and head; (0, 0) is noise

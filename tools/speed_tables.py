@@ -86,6 +86,18 @@ def linear(found: Row) -> str:
     return "\n\n".join(parts)
 
 
+def busy(found: Row) -> str:
+    """The section of a token beside other programs."""
+    about = where(found, "busy").replace("attnpred bench ", "python -m benchmarks.")
+    lines = [
+        [row["weights"], str(row["busy"]), *(number(row[name]) for name in ("ms_per_token", "worst_ms", "over_rest"))]
+        for row in found["rows"]
+    ]
+    told = f"SmolLM2, {found['rows'][0]['context']:,} tokens; load before it {number(found['load'])}:"
+    heads = ["weights", "processes that spin", "ms a token", "the slowest", "over none"]
+    return "\n\n".join(["## Beside other programs", about, told, table(heads, lines)])
+
+
 def weights(found: Row) -> str:
     """The section of what packing loses."""
     parts = [
@@ -213,6 +225,7 @@ FIRST: dict[str, Callable[[Row], str]] = {"rivals": rivals}
 SECTIONS: dict[str, Callable[[Row], str]] = {
     "decode": decode,
     "linear": linear,
+    "busy": busy,
     "weights": weights,
     "step_profile": step_profile,
     "attention": attention,

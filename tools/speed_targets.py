@@ -107,6 +107,13 @@ def of_rivals(found: Row) -> list[list[str]]:
     ]
 
 
+def of_busy(found: Row) -> list[list[str]]:
+    """The target of a token beside other programs."""
+    ratios = {(row["weights"], row["busy"]): row["over_rest"] for row in found["rows"]}
+    reached = f"{number(ratios.get(('int8', 1)))} / {number(ratios.get(('int8', 2)))}"
+    return [["a token beside one / two processes that spin, over the same at rest", "- / at most 3", reached]]
+
+
 def of_products(found: Row) -> list[list[str]]:
     """Targets of one row times a matrix."""
     large = [row for row in found["rows"] if row["vectors"] == 1 and row["bytes"] >= 1 << 20]
@@ -124,6 +131,7 @@ def targets(found: dict[str, Row]) -> list[list[str]]:
     parts = {
         "rivals": of_rivals,
         "linear": of_products,
+        "busy": of_busy,
         "decode": of_steps,
         "attention": of_calls,
         "selection": of_selection,

@@ -30,6 +30,7 @@ from attnpred.cli.models import models
 from attnpred.cli.report import report
 from attnpred.cli.serve import serve
 from attnpred.cli.train import train
+from attnpred.cli.waits import wait_briefly_if_busy
 from attnpred.errors import AttnpredError, OutputError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -95,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if sys.stdout is None:  # a file that is opened now would take its number
             raise OutputError("got a closed stdout, expected an open one: send it to a file or to /dev/null")
+        if arguments[0] != "bench":  # which measures others too, as they come
+            wait_briefly_if_busy(os.environ)
         code = _run(arguments)
         sys.stdout.flush()  # here rather than at exit, where what goes wrong could not be caught
     except AttnpredError as error:

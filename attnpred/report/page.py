@@ -71,7 +71,6 @@ class Shown:
     """What the page has of a place: the pictures it begins with, the tables behind them, and more pictures there."""
 
     heading: str
-    is_open: bool
     first: tuple[Picture, ...]
     more: tuple[Picture, ...]
     tables: tuple[Table, ...]
@@ -84,6 +83,7 @@ def build(
     found = places(rows)
     look = looks(names(found))
     shown = [_shown(place, look, i) for i, place in enumerate(found)]
+    pictured = [one for one in shown if one.first]
     needles, times = needle_maps(found), [*(bench_charts(bench) if bench else ()), *row_charts(found, look)]
     said = [MEANING, *([f"Measured on: {bench.machine}."] if bench.machine else [])] if bench else [NO_BENCH]
     heads = attention_pictures(attention) if attention else []
@@ -98,6 +98,8 @@ def build(
         lead=lead(rows),
         notes=notes(rows, found),
         places=shown,
+        pictured=pictured,
+        open=OPEN,
         needles=needles,
         few=FEW,
         latency={"words": said, "pictures": times, "tables": bench_tables(bench) if bench else ()},
@@ -119,7 +121,6 @@ def _shown(place: Place, look: dict[str, Look], number: int) -> Shown:
     costs = against_cost(place, look, f"cost{number}")
     return Shown(
         f"{place.name}: {place.metric}",
-        number < OPEN,
         (*against_budget(place, look, f"budget{number}"), *costs[:1]),
         tuple(costs[1:]),
         (

@@ -5,8 +5,10 @@ What a chart shows is said under it in one sentence.
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from attnpred.report.charts import Axis, Level, Point, front, line_chart, scatter_chart, short
+from attnpred.report.dots import dot_chart
 from attnpred.report.leading import leading, ordered
 from attnpred.report.look import Look
 from attnpred.report.places import Column, Place, is_bound
@@ -64,6 +66,11 @@ def against_budget(place: Place, look: Mapping[str, Look], name: str) -> list[Pi
     x_axis = Axis("budget: tokens" if tokens else "budget: share of the context", True, tuple(sorted(ticks.items())))
     level = Level(FULL, place.full.value, None if _is_paired(place) else place.full.interval) if place.full else None
     title = f"{place.name}: {place.metric} against budget"
+    if len(ticks) == 1:
+        sign = 1 if place.lower_is_better else -1
+        dots = sorted(((label, points[0]) for label, points in series.items()), key=lambda dot: sign * dot[1].y)
+        axis = Axis(f"{place.metric} at a budget of {next(iter(ticks.values()))}")
+        return [dot_chart(name, title, _at_budgets(place), dots, look, axis, level)]
     own = frozenset(leading(place))
     return [line_chart(name, title, _at_budgets(place), series, look, x_axis, Axis(place.metric), level, own)]
 
@@ -76,29 +83,25 @@ def _at_budgets(place: Place) -> str:
         return f"{_better(place)}."
     most = max(won.values())
     best = [found for found in ordered([place]) if won[found] == most]
-    name = best[0]
-    at = f"at {most} of {len(rivals)} budgets" if len(rivals) > 1 else f"at {rivals[0].words}"
+    who = listed(best) if len(best) < 4 else f"{best[0]} and {len(best) - 1} more"
+    if len(rivals) == 1:
+        said = f"{who} {'has' if len(best) == 1 else 'share'} the best mean at {rivals[0].words}"
+    else:
+        have = "has" if len(best) == 1 else "have"
+        said = f"{who} {have} the best mean, alone or shared, at {most} of {len(rivals)} budgets"
+    return f"{_better(place)}: {said}{_like_full(place, best[0], 'it' if len(best) == 1 else best[0])}."
+
+
+def _like_full(place: Place, name: str, called: str) -> str:
+    """Return down to which budget a series is within noise of the full cache; "" where that was not measured."""
     rows = [(column, place.cells.get((name, column))) for column in place.columns]
-    compared = [(column, row) for column, row in rows if row is not None and row.against is not None]
-    like = []
-    for column, row in compared:
-        if verdict(row) != WITHIN:
-            break
-        like.append(column.words)
-    down = (
-        f"down to {like[-1]}"
-        if len(like) > 1
-        else f"at {like[0]}"
-        if like
-        else "at no budget, counted from the largest"
-    )
-    noise = f"; {'it' if len(best) == 1 else name} is within noise of the full cache {down}" if compared else ""
-    shared = (
-        f"{name} has"
-        if len(best) == 1
-        else f"{listed(best) if len(best) < 4 else f'{name} and {len(best) - 1} more'} have"
-    )
-    return f"{_better(place)}: {shared} the best mean, alone or shared, {at}{noise}."
+    compared = [(column.words, verdict(row)) for column, row in rows if row is not None and row.against is not None]
+    if not compared:
+        return ""
+    like = [words for words, _ in takewhile(lambda pair: pair[1] == WITHIN, compared)]
+    if not like:
+        return f"; {called} is {compared[0][1]} than the full cache at {compared[0][0]}"
+    return f"; {called} is within noise of the full cache {'down to' if len(like) > 1 else 'at'} {like[-1]}"
 
 
 def against_cost(place: Place, look: Mapping[str, Look], name: str) -> list[Picture]:

@@ -41,7 +41,8 @@ box-shadow:inset -1px 0 var(--line)}
 .rows thead th{position:sticky;top:0;z-index:2}.rows thead th:first-child{z-index:3}
 td pre{margin:.3rem 0;white-space:pre-wrap;max-width:60ch;overflow-wrap:anywhere;font-size:.8rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem;margin:1rem 0}
-.first{grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr))}.first svg.chart{max-width:40rem}
+.first{grid-template-columns:minmax(0,1fr)}.first svg.chart{max-width:40rem}
+@media (min-width:46rem){.first{grid-template-columns:repeat(2,minmax(0,1fr))}}
 figure{margin:0;padding:.7rem;background:var(--page);border:1px solid var(--line);border-radius:.4rem}
 figcaption{font-size:.875rem;margin-top:.4rem}figcaption b{color:var(--ink)}
 svg.chart{display:block;width:100%;max-width:34rem;height:auto;margin:auto}.pixels{image-rendering:pixelated}

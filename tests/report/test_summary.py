@@ -1,16 +1,19 @@
 """What the page says about the rows: sentences under pictures and tables, which the rows bear out."""
 
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 from attnpred.report.leading import MOST, leading, ordered
 from attnpred.report.look import looks
+from attnpred.report.page import build
 from attnpred.report.places import Place, places
 from attnpred.report.results import against_budget, against_cost, names
 from attnpred.report.summary import best_table, lead, notes, policy_table
 from attnpred.report.tables import Table
 from tests.report.test_report_page import raw, rows
 
+SVG = "{http://www.w3.org/2000/svg}"
 SAME = {"difference": -0.1, "interval": [-0.3, 0.1]}
 WORSE = {"difference": -0.15, "interval": [-0.2, -0.1]}
 
@@ -91,17 +94,25 @@ def test_without_the_full_cache_the_sentence_names_the_ends_of_the_front(tmp_pat
     assert under(place)[1] == "Higher is better: a at 25 % is both cheapest and best."
 
 
+def test_a_policy_that_is_worse_at_the_largest_budget_is_called_so(tmp_path: Path) -> None:
+    given = [raw(policy="full", budget=None, value=0.9), raw(policy="ema", against_full=WORSE), raw(policy="h2o", value=0.1, against_full=WORSE)]  # fmt: skip
+    (place,) = places(rows(tmp_path, *given))
+    assert (
+        under(place)[0] == "Higher is better: ema has the best mean at 25 %; it is worse than the full cache at 25 %."
+    )
+
+
 def test_who_shares_the_best_mean_is_named_with_ours_first(tmp_path: Path) -> None:
     given = [raw(policy=name, value=0.5) for name in ("a", "predicted", "b")]
     (place,) = places(rows(tmp_path, *given))
-    assert under(place)[0] == "Higher is better: predicted, a and b have the best mean, alone or shared, at 25 %."
+    assert under(place)[0] == "Higher is better: predicted, a and b share the best mean at 25 %."
 
 
 def many(tmp_path: Path) -> Place:
     given = [raw(policy=f"p{i}", value=i / 20) for i in range(12)]
     given += [raw(policy=f"p11:way={i}", value=0.9 + i / 100) for i in range(3)]
     given += [raw(policy="predicted", value=0.0), raw(policy="oracle", value=1)]
-    (place,) = places(rows(tmp_path, *given))
+    (place,) = places(rows(tmp_path, *given, *(one | {"budget": 0.5} for one in given)))
     return place
 
 
@@ -127,3 +138,23 @@ def test_rows_on_other_documents_stand_apart(tmp_path: Path) -> None:
     assert found[0].full is not None and found[1].full is None
     (alone,) = places(given[:2])
     assert alone.name == "t, 64 tokens, m"
+
+
+def test_with_one_budget_each_policy_has_a_line_of_its_own_best_first(tmp_path: Path) -> None:
+    given = [raw(policy="full", budget=None, value=0.9), *(raw(policy=f"p{i}", value=i / 10) for i in range(9))]
+    (place,) = places(rows(tmp_path, *given))
+    (chart,) = against_budget(place, looks(names([place])), "b")
+    root = ET.fromstring(chart.svg)
+    texts = {"".join(text.itertext()): float(text.get("y", 0)) for text in root.iter(f"{SVG}text")}
+    assert sorted((f"p{i}" for i in range(9)), key=texts.__getitem__) == [f"p{i}" for i in reversed(range(9))]
+    assert "full cache" in texts and "accuracy at a budget of 25 %" in texts
+    across = [
+        float(path.get("transform", "")[10:].split()[0]) for path in root.iter(f"{SVG}path") if path.get("transform")
+    ]
+    assert across == sorted(across, reverse=True) and len(across) == 9
+
+
+def test_a_place_without_pictures_is_not_among_them(tmp_path: Path) -> None:
+    page = build(rows(tmp_path, raw(policy="full", budget=None, task="alone"), raw(task="drawn"))).html
+    assert page.count("<h3>alone") == 1 and page.count("<h3>drawn") == 2  # both have tables
+    assert page.index("<h3>drawn") < page.index("<svg") < page.index("<h3>alone")

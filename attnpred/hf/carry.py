@@ -14,6 +14,8 @@ from attnpred.errors import ConfigError
 from attnpred.hf.cache import TieredCache
 from attnpred.hf.layer import TieredLayer
 from attnpred.policies.base import Policy
+from attnpred.store.base import Store
+from attnpred.store.pool import BlockPool
 
 WINDOW = 64
 """The most of a text's last queries that a policy looks at, beside those of the history (`snapkv`)."""
@@ -41,12 +43,22 @@ def carry_over(source: TieredCache, cache: TieredCache) -> None:
         if type(old) is not TieredLayer or type(new) is not TieredLayer:
             cache.layers[index] = copy.deepcopy(old)  # sliding and other layers are stock in both
             continue
+        if old.store.length and _can_fork(old.store, new.store):
+            new.lazy_initialization(*old.store.view())
+            cache.admit(old.store.length, old.store.batch, new.dtype)
+            new.store = copy.deepcopy(old.store)  # a fork: nothing is copied before one of the two gets its next token
+            continue
         for piece in old.store.pieces():
             if not new.is_initialized:
                 new.lazy_initialization(piece.keys, piece.values)
                 cache.admit(old.store.length, old.store.batch, piece.keys.dtype)
             new.store.append(piece.keys, piece.values)
     cache.tokens, cache.model = source.tokens, source.model
+
+
+def _can_fork(old: Store, new: Store) -> bool:
+    """Return whether a fork of the one is what the other would be."""
+    return type(old) is BlockPool and type(new) is BlockPool and old.block_size == new.block_size
 
 
 def _check(source: TieredCache, cache: TieredCache) -> None:

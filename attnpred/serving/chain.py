@@ -24,6 +24,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import final
 
@@ -42,6 +43,8 @@ BLOCK = 256
 FORMAT = "1"
 BEHIND = 64
 """Blocks that wait to be written; what comes while so many wait is not kept on disk."""
+READERS = 2
+"""Blocks that are read from disk at a time: most of it is comparing them with their check values."""
 SUMS = "sums"
 
 _NAME = re.compile(r"[0-9a-f]{64}\.block")
@@ -90,11 +93,15 @@ class BlockStore:
 
     def take(self, names: Sequence[str]) -> list[Tensors]:
         """Return the blocks of `names`, successive ones, up to the first that is not here."""
-        found = []
-        for name in names:
-            block = self._held.get(name)
-            block = self._read(name) if block is None else block
-            if block is None:
+        count = next((number for number, name in enumerate(names) if not self.has(name)), len(names))
+        if count > 1:
+            with ThreadPoolExecutor(READERS, "attnpred blocks") as pool:
+                blocks = list(pool.map(self._get, names[:count]))
+        else:
+            blocks = list(map(self._get, names[:count]))
+        found: list[Tensors] = []
+        for block in blocks:
+            if block is None:  # damaged, or gone meanwhile
                 break
             found.append(block)
         for name, block in reversed(list(zip(names, found, strict=False))):  # beginnings are the last to go
@@ -129,6 +136,10 @@ class BlockStore:
 
     def _path(self, name: str) -> Path:
         return (self.folder or Path()) / f"{name}.block"
+
+    def _get(self, name: str) -> Tensors | None:
+        block = self._held.get(name)
+        return self._read(name) if block is None else block
 
     def _read(self, name: str) -> Tensors | None:
         path = self._path(name)

@@ -54,7 +54,8 @@ def ask(service: Service, words: int, most: int = 8, **more: Any) -> Asked:
     asked = Asked(service)
     prompt = service.prompts.chat([{"role": "user", "content": STORY * words + "Why?"}])
     deadline = more.pop("deadline", float("inf"))
-    asked.job = service.job(prompt, "local", asked.events.put, drawing=Drawing(0.0), most=most, **more)
+    owner = more.pop("owner", "local")
+    asked.job = service.job(prompt, owner, asked.events.put, drawing=Drawing(0.0), most=most, **more)
     asked.job.deadline = deadline
     service.engine.submit(asked.job)
     return asked
@@ -73,7 +74,7 @@ def test_an_answer_goes_on_while_a_long_prompt_is_read(service: Service) -> None
     short = ask(service, 1, most=400)
     while not isinstance(short.next(), Said):
         pass
-    long = ask(service, 90, most=1)
+    long = ask(service, 90, most=1, owner="newer")
     assert isinstance(long.finish(), Done)
     between = sum(isinstance(event, Said) for event in list(short.events.queue))
     blocks = sum(isinstance(event, Read) for event in long.seen)
@@ -84,7 +85,7 @@ def test_an_answer_goes_on_while_a_long_prompt_is_read(service: Service) -> None
 
 @pytest.mark.slow
 def test_short_prompts_pass_a_long_one(service: Service) -> None:
-    long, short = ask(service, 95, most=1), ask(service, 1, most=1)
+    long, short = ask(service, 95, most=1, owner="new"), ask(service, 1, most=1)
     assert isinstance(short.finish(), Done)
     assert not any(isinstance(event, Done) for event in list(long.events.queue))
     long.finish()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-BENCHMARKS = ("attention", "selection", "decode", "batches", "offload", "memory", "rivals")
+BENCHMARKS = ("attention", "selection", "decode", "batches", "offload", "memory", "rivals", "serve")
 
 
 def bench(

@@ -6,8 +6,9 @@ a whole beginning; the longest one that is here is found by asking for one block
 key finds nothing, in what he is told or in how long it takes. Policy and budget are no part of it: a text is read with full
 attention whatever comes after.
 
-Blocks stand at fixed places, and each was computed by one call of the model with all before it. A prompt is read in these
-very calls whether it finds blocks or not. So an answer never depends on what was reused, not even in the last bit.
+Blocks stand at fixed places, large ones first and small ones behind them, and each was computed by one call of the model
+with all before it. A prompt is read in these very calls whether it finds blocks or not. So an answer never depends on what
+was reused, not even in the last bit.
 
 Those used last stay in memory, up to a limit; all are written behind the answer, each a file of its own: whole or not there,
 whatever ends the process, and named alike in all processes of the machine. Above the limit those used longest ago go, the
@@ -25,6 +26,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import final
 
@@ -38,9 +41,10 @@ from attnpred.store.safetensors_file import Entry, SafetensorsFile, write
 
 logger = logging.getLogger("attnpred")
 
-BLOCK = 256
-"""Tokens. A prompt is read in calls of so many; larger ones are no faster (SmolLM2 on two cores)."""
-FORMAT = "1"
+BLOCK, SMALL = 256, 64
+"""Tokens. A prompt is read in calls of so many; larger ones are no faster (SmolLM2 on two cores). What is left behind the
+last large one is read in small ones, so that little has to be read again for the next question."""
+FORMAT = "2"
 BEHIND = 64
 """Blocks that wait to be written; what comes while so many wait is not kept on disk."""
 READERS = 2
@@ -52,14 +56,26 @@ _NAME = re.compile(r"[0-9a-f]{64}\.block")
 Tensors = Mapping[str, Tensor]
 
 
-def chain(root: str, ids: Sequence[int]) -> list[str]:
-    """Return the names of all full blocks of a text. root: all that its keys and values depend on beside the tokens."""
-    names, parent = [], hashlib.sha256(f"{FORMAT} {BLOCK} {root}".encode()).digest()
-    for start in range(0, len(ids) - BLOCK + 1, BLOCK):
-        tokens = torch.tensor(ids[start : start + BLOCK], dtype=torch.int64, device="cpu").numpy().tobytes()
+@final
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens `start` to `stop` of a text, and the name of that block."""
+
+    start: int
+    stop: int
+    name: str
+
+
+def chain(root: str, ids: Sequence[int]) -> list[Part]:
+    """Return all full blocks of a text. root: all that its keys and values depend on beside the tokens."""
+    large, small = len(ids) // BLOCK * BLOCK, len(ids) // SMALL * SMALL
+    borders = [*range(0, large, BLOCK), *range(large, small, SMALL), small]
+    parts, parent = [], hashlib.sha256(f"{FORMAT} {root}".encode()).digest()
+    for start, stop in pairwise(borders):
+        tokens = torch.tensor(ids[start:stop], dtype=torch.int64, device="cpu").numpy().tobytes()
         parent = hashlib.sha256(parent + tokens).digest()
-        names.append(parent.hex())
-    return names
+        parts.append(Part(start, stop, parent.hex()))
+    return parts
 
 
 @final

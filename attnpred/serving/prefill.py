@@ -17,7 +17,7 @@ from attnpred.hf import TieredCache, carry_over, last_queries
 from attnpred.hf.blocks import give_tokens, keeps_every_token, tokens_of
 from attnpred.policies.base import Policy
 from attnpred.policies.full import Full
-from attnpred.serving.chain import BLOCK, BlockStore, chain
+from attnpred.serving.chain import BlockStore, chain
 
 
 @final
@@ -36,8 +36,8 @@ class Prefill:
         self.model, self.store, self.policy, self.settings = model, store, policy, settings
         self.ids = torch.tensor([ids], dtype=torch.int64, device=model.device)
         whole = len(ids) if policy is None else max(0, len(ids) - last_queries(settings))
-        self.border = whole // BLOCK * BLOCK
-        self.names = chain(root, ids[: self.border])
+        self.parts = chain(root, ids[:whole])
+        self.border = self.parts[-1].stop if self.parts else 0
         self.total = self.border if policy is None else len(ids)
         self.reused = self.done = 0
         self.cache: TieredCache | None = None
@@ -61,17 +61,19 @@ class Prefill:
 
     def _read_block(self, cache: TieredCache) -> None:
         is_kept = keeps_every_token(cache)
-        here = self.store.take(self.names[self.done // BLOCK :]) if is_kept else []
+        left = [part for part in self.parts if part.start >= self.done]
+        here = self.store.take([part.name for part in left]) if is_kept else []
         if here:
             give_tokens(cache, here, self.model.device)
-            self.reused += len(here) * BLOCK
-            self.done += len(here) * BLOCK
+            stop = left[len(here) - 1].stop
+            self.reused += stop - self.done
+            self.done = stop
             return
-        start, stop = self.done, self.done + BLOCK
-        self.model(self.ids[:, start:stop], cache=cache, use_cache=True, logits_to_keep=1)
-        self.done = stop
+        part = left[0]
+        self.model(self.ids[:, part.start : part.stop], cache=cache, use_cache=True, logits_to_keep=1)
+        self.done = part.stop
         if is_kept:
-            self.store.put(self.names[start // BLOCK], tokens_of(cache, start, stop))
+            self.store.put(part.name, tokens_of(cache, part.start, part.stop))
 
     def _finish(self) -> Tensor:
         assert self.policy is not None

@@ -18,7 +18,7 @@ from attnpred.errors import ConfigError, PredictorError
 from attnpred.folders import user_cache
 from attnpred.hf import attach, is_carried, load_model, made_by, make_policy, make_settings
 from attnpred.policies.base import Policy
-from attnpred.serving.chain import BLOCK, BlockStore, chain
+from attnpred.serving.chain import BlockStore, chain
 from attnpred.serving.documents import Document, Documents
 from attnpred.serving.drawing import Drawing
 from attnpred.serving.engine import Engine, Limits
@@ -241,9 +241,9 @@ class Service:
 
     def _read(self, owner: str, document: Document) -> Progress:
         ids = self.prompts.document(document.id, document.text).ids
-        names = chain(f"{self.engine.root} {owner}", ids)
-        progress, job = Progress(len(names) * BLOCK), None
-        if all(map(self.engine.store.has, names)):
+        parts = chain(f"{self.engine.root} {owner}", ids)
+        progress, job = Progress(parts[-1].stop if parts else 0), None
+        if all(self.engine.store.has(part.name) for part in parts):
             progress.status, progress.done = "ready", progress.total
         else:
             job = Job(ids, owner, None, self.policy(None, None)[1], progress.tell)

@@ -89,9 +89,10 @@ BENCHMARKS = {
     "offload": ("--context", "--budget", "--steps", "--rounds", "--churn", "--layers", "--demo-steps"),
     "memory": ("--context", "--budget", "--steps"),
     "rivals": ("--contexts", "--threads", "--rounds", "--steps"),
+    "serve": ("--streams", "--context", "--tokens", "--budget"),
 }
 """Options of each benchmark that take numbers."""
-WITH_OUTPUT = ("attention", "selection", "decode", "batches", "rivals")
+WITH_OUTPUT = ("attention", "selection", "decode", "batches", "rivals", "serve")
 """Benchmarks with `--out`."""
 
 

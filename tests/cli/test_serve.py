@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from attnpred.cli.main import main
+from attnpred.serving.chain import SMALL
 
 RUN = "import sys; from attnpred.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
@@ -59,7 +60,7 @@ def test_a_document_is_read_once_for_all_starts(tmp_path: Path) -> None:
             "max_tokens": 3,
         }
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
-        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= found["to_read_tokens"] > 512
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= found["to_read_tokens"] - SMALL > 512
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(20) == 0
 

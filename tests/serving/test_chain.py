@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnpred.serving.chain import BLOCK, BlockStore, chain
+from attnpred.serving.chain import BLOCK, SMALL, BlockStore, chain
 
 IDS = list(range(BLOCK * 3 + 7))
 
@@ -22,8 +22,12 @@ def block(seed: int) -> dict[str, Tensor]:
 SIZE = sum(one.nbytes for one in block(0).values())
 
 
+def names_of(ids: list[int], root: str = "root") -> list[str]:
+    return [part.name for part in chain(root, ids)]
+
+
 def filled(folder: Path | None, limit: int = 1 << 30, memory: int = 1 << 30) -> tuple[BlockStore, list[str]]:
-    store, names = BlockStore(folder, limit, memory), chain("root", IDS)
+    store, names = BlockStore(folder, limit, memory), names_of(IDS)
     for number, name in enumerate(names):
         store.put(name, block(number))
     return store, names
@@ -36,11 +40,18 @@ def same(found: list, wanted: int) -> bool:  # type: ignore[type-arg]
 
 
 def test_a_name_stands_for_the_whole_beginning() -> None:
-    names = chain("root", IDS)
-    assert len(names) == len(set(names)) == 3 and chain("root", IDS[: 2 * BLOCK + 1]) == names[:2]
-    assert not set(names) & set(chain("other", IDS)) and chain("root", IDS[: BLOCK - 1]) == []
-    assert not set(names) & set(chain("root", [5, *IDS[1:]])), "what follows another beginning is another block"
-    assert chain("root", [*IDS[:BLOCK], 5, *IDS[BLOCK + 1 :]])[0] == names[0]
+    names = names_of(IDS)
+    assert len(names) == len(set(names)) == 3 and names_of(IDS[: 2 * BLOCK + 1]) == names[:2]
+    assert not set(names) & set(names_of(IDS, "other")) and names_of(IDS[: SMALL - 1]) == []
+    assert not set(names) & set(names_of([5, *IDS[1:]])), "what follows another beginning is another block"
+    assert names_of([*IDS[:BLOCK], 5, *IDS[BLOCK + 1 :]])[0] == names[0]
+
+
+def test_small_blocks_stand_behind_large_ones() -> None:
+    parts = chain("root", IDS[: 2 * BLOCK + 3 * SMALL + 5])
+    assert [part.stop - part.start for part in parts] == [BLOCK] * 2 + [SMALL] * 3
+    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]] and parts[0].start == 0
+    assert not {part.name for part in parts[2:]} & set(names_of(IDS))
 
 
 def test_blocks_are_there_after_a_restart_for_their_owner_alone(tmp_path: Path) -> None:

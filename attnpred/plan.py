@@ -123,8 +123,10 @@ class Plan:
         """Get ready for a token that chooses in `zone`."""
         sinks, free, first, blocks = zone.sinks, zone.free, zone.first_recent, zone.blocks
         self._zone = zone
-        self._selection = torch.empty(*self.shape[:2], sinks + free + blocks - first, dtype=torch.int64, device="cpu")
-        self._step.tell(self._selection, sinks, first, blocks, free)
+        size = *self.shape[:2], sinks + free + blocks - first
+        self._selection = torch.empty(size, dtype=torch.int64, device="cpu")
+        self._seen = torch.empty(size, dtype=torch.float32, device="cpu")
+        self._step.tell(self._selection, self._seen, sinks, first, blocks, free)
 
     def done(self) -> None:
         """The token was computed: count it, and have everything as the step leaves it."""
@@ -135,7 +137,7 @@ class Plan:
         if sealed != self._asked.blocks:
             self._asked = self._asked._replace(blocks=sealed)
         memory.took(self._asked, zone.blocks)
-        chooser.pending, chooser.attended = None, (zone, selection)
+        chooser.pending, chooser.attended, decoder.seen = None, (zone, selection), self._seen
         chooser.steps += 1
         counts, blocks, rows = decoder.counts, selection.shape[2], self.shape[0] * self.shape[1]
         counts.digest_bytes += sealed * self._code_bytes

@@ -23,12 +23,13 @@ from attnpred.kernels.numba_tools import address, pointer, widen
 (
     KEYS, VALUES, CAPACITY, KIND, SIZE, BATCH, KV_HEADS, DIM, SCALE,
     CENTRE, TO_KEYS, RANK, CODES, CODES_CAPACITY, DISTANCES, DISTANCE_COUNT,
-    CHOICE, ITEMS, MEMORY, QUERY, PER_ITEM, SELECTION, SINKS, FIRST_RECENT, BLOCKS, FREE,
-) = range(26)  # fmt: skip
+    CHOICE, ITEMS, MEMORY, QUERY, PER_ITEM, SELECTION, SEEN, SINKS, FIRST_RECENT, BLOCKS, FREE,
+) = range(27)  # fmt: skip
 """Of a layer. KEYS, VALUES [B, Hkv, CAPACITY, DIM], numbers of KIND; CENTRE [B, Hkv, DIM] and TO_KEYS [B, Hkv, DIM, RANK] of
 its digests, CODES [B, Hkv, CODES_CAPACITY, RANK / 2]; DISTANCES: logarithms, the last is of the newest sealed block; CHOICE,
-ITEMS, MEMORY: fields of the three parts; SCALE: scale and soft cap; SELECTION and what follows: of the token."""
-FIELDS = 26
+ITEMS, MEMORY: fields of the three parts; SCALE: scale and soft cap; SELECTION and what follows: of the token; SEEN: what it
+gives to the blocks of its selection."""
+FIELDS = 27
 _MIDDLE = np.float32(7.5)
 
 
@@ -90,16 +91,16 @@ def attend(parallel: int, count: int, works: Any, f: Any, found: Any, length: in
     t[items.LENGTH], t[items.QUERY], t[items.IDS], t[items.SLOTS] = length, f[QUERY], f[SELECTION], f[SELECTION]
     scale = numba.carray(pointer(f[SCALE]), 2, np.float32)
     rows = out.shape[0] * t[items.SELECTING]
-    normaliser, maxima = np.empty(out.shape[0] * heads, np.float32), np.empty(rows * chosen, np.float32)
+    normaliser = np.empty(out.shape[0] * heads, np.float32)
     items.decode_all(
-        parallel, count, works[4], t, scale[0], scale[1], 0, out.ctypes.data, normaliser.ctypes.data, maxima.ctypes.data
+        parallel, count, works[4], t, scale[0], scale[1], 0, out.ctypes.data, normaliser.ctypes.data, f[SEEN]
     )
     m = numba.carray(pointer(f[MEMORY]), stream.FIELDS, np.int64)
     m[0], m[1], m[2], m[3], m[5] = 0, rows, f[BLOCKS], sealed, chosen
-    m[7], m[9], m[10], m[11] = c[choice.ESTIMATE], farthest, f[SELECTION], maxima.ctypes.data
+    m[7], m[9], m[10], m[11] = c[choice.ESTIMATE], farthest, f[SELECTION], f[SEEN]
     share_out(parallel, count, works[5], m.ctypes.data)
     # Numba frees an array after its last use that it sees; what the threads read it does not see.
-    normaliser[0] = maxima[0] = 0
+    normaliser[0] = 0
 
 
 class Coded(NamedTuple):
@@ -151,12 +152,13 @@ class Step:
                 address(keys, *KINDS), address(values, keys.dtype), capacity, KINDS[keys.dtype], size, batch, kv_heads, dim,
                 scales.ctypes.data, centre, to_keys, rank, address(coded.codes, torch.int8), coded.codes.shape[2], far,
                 distances.numel(), chosen.ctypes.data, attended.ctypes.data, remembered.ctypes.data, asked, per_item,
-                *(0,) * 5,
+                *(0,) * 6,
             ),
             np.int64,
         )  # fmt: skip
         assert len(chosen) == choice.FIELDS and len(self.fields) == FIELDS
 
-    def tell(self, selection: Tensor, sinks: int, first_recent: int, blocks: int, free: int) -> None:
-        """Say of the next token which blocks it may choose, and where its selection [B, Hs, K] is to be written."""
-        self.fields[SELECTION:] = address(selection, torch.int64), sinks, first_recent, blocks, free
+    def tell(self, selection: Tensor, seen: Tensor, sinks: int, first_recent: int, blocks: int, free: int) -> None:
+        """Say of the next token which blocks it may choose, and where selection and block maxima [B, Hs, K] are written."""
+        at = address(selection, torch.int64), address(seen, torch.float32)
+        self.fields[SELECTION:] = *at, sinks, first_recent, blocks, free

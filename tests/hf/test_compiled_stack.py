@@ -189,3 +189,21 @@ def test_what_is_changed_between_two_texts_is_not_overlooked() -> None:
         greedy(model, TOKENS[:1], 4)
         counted = attached.stats()["weights"]
         assert counted["tokens"] == 3 and counted["apart"] == {HOOK: 3} and counted["hooked"] == 3
+
+
+def test_what_a_step_looked_at_can_be_told() -> None:
+    model, seen = wide(), []
+    for is_whole in (True, False):
+        with attach(model, config=SMALL, weights="int8") as attached, torch.no_grad():
+            if not is_whole:
+                layer_by_layer(model)
+            cache = attached.new_cache()
+            model(TOKENS, **cache_argument(cache))
+            for token in (5, 6, 7):
+                model(torch.full((2, 1), token), **cache_argument(cache))
+        seen.append([(*decoder.attended, decoder.seen) for decoder in cache.decoders.values() if decoder.attended])
+    for (zone, selection, maxima), (own, chosen, found) in zip(*seen, strict=True):
+        assert zone == own and maxima is not None and found is not None
+        order, other = selection.argsort(-1), chosen.argsort(-1)
+        assert torch.equal(selection.gather(-1, order), chosen.gather(-1, other))
+        assert torch.allclose(maxima.gather(-1, order), found.gather(-1, other), atol=1e-4)

@@ -159,7 +159,9 @@ def _budget(row: Row) -> str:
 def _plain(value: Any) -> str:
     if value is None:
         return "not known"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _allowed() -> str:

@@ -176,6 +176,11 @@ def test_every_row_is_in_the_table_with_its_configuration(made: Any) -> None:
         assert page.words["pre"].count(word) >= len(found)
 
 
+def test_bytes_are_written_out(tmp_path: Path) -> None:
+    page = build(rows(tmp_path, raw(bytes_per_step=20_973_760.0, ms_per_token=6.0742))).html
+    assert "<td>20,973,760</td>" in page and "<td>6.074</td>" in page and "e+" not in page
+
+
 def test_no_difference_stands_without_its_interval(made: Any) -> None:
     words = re.sub(r"\[[^\[\]]*\]", "@", Page(made.html).words["main"])
     after = re.findall(r"[+−]\d+\.\d+(..)", words)  # noqa: RUF001

@@ -5,6 +5,7 @@ of drafted tokens goes over the pieces of the store (`attend`), and so does a si
 For a policy that evicts, everything is what it has left.
 """
 
+from collections.abc import Iterator
 from typing import Any, final
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from attnpred.choosing import Call, Chooser
 from attnpred.config import CacheConfig
 from attnpred.kernels.remaining import QUERIES, attend_blocks
-from attnpred.kernels.streamed import StreamedAttention, StreamedRows
+from attnpred.kernels.streamed import StreamedAttention, StreamedMeans, StreamedRows
 from attnpred.policies.base import Policy
 from attnpred.shapes import num_blocks
 from attnpred.store.base import Store
@@ -32,15 +33,15 @@ class DenseCalls:
         Rows are computed only when they may be needed: when the context is within H tokens of outgrowing the budget.
         """
         store, rows = call.store, self._begin(call)
-        if rows is not None and keys is None:
-            for piece in store.pieces():
-                rows.add(piece.start, piece.keys)
-        elif rows is not None and keys is not None:
-            for start in range(0, store.length, store.piece_tokens):
-                rows.add(start, keys[:, :, start : start + store.piece_tokens])
+        means = self._means(call, rows)
+        if rows is not None:
+            for start, piece in _pieces(store, keys):
+                rows.add(start, piece)
+                if means is not None:
+                    means.add(start, piece)
         if self.memory.every:
             self._push_every(call, keys)
-        self._take_in(call, rows, keys)
+        self._take_in(call, rows, means, keys)
 
     def attend(self, call: Call, *, remember: bool) -> Tensor:
         """Return the attention to everything, [B, Hq, Q, D]; `observe` is included if `remember`."""
@@ -49,6 +50,7 @@ class DenseCalls:
         query, store = call.query, call.store
         attention = StreamedAttention(query, store.length, call.terms, call.mask, store.piece_tokens)
         rows = self._begin(call) if remember else None
+        means = self._means(call, rows)
         whole = store.whole() if query.shape[2] == 1 else None
         if whole is not None:
             attention.add(*whole)
@@ -57,10 +59,12 @@ class DenseCalls:
                 attention.add(*piece)
             if rows is not None:
                 rows.add(piece.start, piece.keys)
+            if means is not None:
+                means.add(piece.start, piece.keys)
         if remember:
             if self.memory.every:
                 self._push_every(call, None)
-            self._take_in(call, rows, None)
+            self._take_in(call, rows, means, None)
         return attention.result()
 
     def _begin(self, call: Call) -> StreamedRows | None:
@@ -73,17 +77,25 @@ class DenseCalls:
         shown = None if call.mask is None else call.mask[:, -recent:]
         return StreamedRows(query[:, :, -recent:], store.length, call.terms, shown, block_size=store.block_size)
 
+    def _means(self, call: Call, rows: StreamedRows | None) -> StreamedMeans | None:
+        """Return what computes the means of all keys, if the memory wants them beside `rows`."""
+        if rows is None or not self.memory.wants_means(call.query.shape[2]):
+            return None
+        return StreamedMeans(call.store.block_size)
+
     def _needs_memory(self, store: Store) -> bool:
         if self.policy.is_dense:
             return False
         return self.memory.every or not self.chooser.fits(store.length + self.config.history)
 
-    def _take_in(self, call: Call, rows: StreamedRows | None, keys: Tensor | None) -> None:
+    def _take_in(self, call: Call, rows: StreamedRows | None, means: StreamedMeans | None, keys: Tensor | None) -> None:
         query, store = call.query, call.store
         if not self._needs_memory(store):
             return
         if rows is not None:
             self.memory.meet(rows.query, call.terms.scale)
+        if means is not None:
+            self.memory.renew(means.result())
         seal(self.memory, store, keys)
         if rows is not None:
             self.memory.push(rows.result(call.heads))
@@ -130,8 +142,17 @@ class DenseCalls:
                 rows.append(row.scatter_(3, places, maxima)[:, :, -wanted:, :blocks])
         for some in rows if self.memory.every else [torch.cat(rows, 2)] if rows else []:
             self.memory.push(some)
-        self._take_in(call, None, None)
+        self._take_in(call, None, None, None)
         return torch.cat(outputs, 2)
+
+
+def _pieces(store: Store, keys: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first token of each piece of the store, and its keys: of all `keys` [B, Hkv, L, D], if they are at hand."""
+    if keys is None:
+        yield from ((piece.start, piece.keys) for piece in store.pieces())
+        return
+    for start in range(0, store.length, store.piece_tokens):
+        yield start, keys[:, :, start : min(start + store.piece_tokens, store.length)]
 
 
 def seal(memory: Any, store: Store, keys: Tensor | None = None) -> None:

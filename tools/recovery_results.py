@@ -3,8 +3,9 @@
 python -m tools.recovery_results --texts FILE [FILE ...]        an hour on two cores; goes on where it was stopped
 
 FILES are texts that nothing was tuned on; planted facts in the embedded book, program text and number tables are added.
-`predicted` gets the budget less the bytes of its digests (a 128th of keys and values in 16 bits), so that it reads as many
-bytes as its rivals; what `quest` reads of digests, a 16th, is not taken from it. No true rows unless a name says so.
+`predicted` gets the budget less the bytes of its digests (3/256 of keys and values in 16 bits, 2/256 with blocks of 16), so
+that it reads as many bytes as its rivals; what `quest` reads of digests, a 16th, is not taken from it. No true rows unless a
+name says so.
 """
 
 import argparse
@@ -14,10 +15,14 @@ import sys
 from pathlib import Path
 
 from attnpred.cli.main import main as attnpred
+from attnpred.evaluation.variants import parse_variant
+from attnpred.policies import Predicted
+from attnpred.predictor.directions import rank_for
 from attnpred.row_check import CHECK
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
-DIGESTS = 1 / 128
+DIM = 64
+"""Of a head of SmolLM2."""
 RIVALS = (
     "streaming",
     "last_step:calibration_interval=0",
@@ -39,7 +44,10 @@ BUDGETS = (0.076923, 0.125, 0.03125)
 
 def word(policy: str, budget: float) -> str:
     """Return a policy of ours with the budget that leaves room for its digests."""
-    return f"{policy}{',' if ':' in policy else ':'}budget={budget - DIGESTS:.6f}"
+    settings = parse_variant(policy).settings
+    size = settings.get("block_size", Predicted.granularity)
+    digests = rank_for(DIM, size) / 2 / (size * 4 * DIM)  # codes of 4 bits; a key and a value of 2 bytes each
+    return f"{policy}{',' if ':' in policy else ':'}budget={budget - digests:.6f}"
 
 
 def compact(row: dict[str, object]) -> str:

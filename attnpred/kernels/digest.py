@@ -24,6 +24,8 @@ _MIDDLE = 7.5
 FLOOR = -14.0
 """Logarithms of attention below this are all alike: about a millionth."""
 SMALLEST = math.exp(FLOOR)
+DOUBT = 2.0
+"""A block's forecast is never further below the logarithm of its share by digest than this."""
 
 
 def pack(values: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from attnpred.kernels import stream
-from attnpred.kernels.digest import FLOOR
+from attnpred.kernels.digest import DOUBT, FLOOR
 from attnpred.kernels.numba_codes import EXP2, LOG
 from attnpred.kernels.numba_team import share_out
 from attnpred.kernels.numba_tools import address, compiled, pointer, take, threads
 
-_FLOOR = np.float32(FLOOR)
+_FLOOR, _DOUBT = np.float32(FLOOR), np.float32(DOUBT)
 FIELDS = 16
 WEIGHTS = 4
 """Of estimate, average, distance and one."""
@@ -27,10 +27,10 @@ _PAYS = 1 << 14
 
 @numba.njit(fastmath={"reassoc", "contract"})
 def weigh_row(estimate: Any, past: Any, weights: Any, distance: Any, out: Any) -> None:
-    """Write to out [n] the weighted sum of estimate, past and distance [n]; weights [3 or more]."""
-    a, b, z = weights[0], weights[1], weights[2]
+    """Write to out [n] what `stream.weigh` makes of estimate, past and distance [n] with weights [4]."""
+    a, b, z, least = weights[0], weights[1], weights[2], weights[3] + _DOUBT
     for i in range(out.size):
-        out[i] = a * estimate[i] + b * past[i] + z * distance[i]
+        out[i] = max(a * estimate[i] + b * past[i] + z * distance[i], estimate[i] - least)
 
 
 @compiled("void(CPointer(int64))", to_address=True)

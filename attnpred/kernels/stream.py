@@ -8,20 +8,22 @@ import math
 import torch
 from torch import Tensor
 
-from attnpred.kernels.digest import FLOOR
+from attnpred.kernels.digest import DOUBT, FLOOR
 
 
 def weigh(
     estimate: Tensor, past: Tensor, weights: Tensor, distance: Tensor, first: int, last: int, blocks: int
 ) -> Tensor:
-    """Return [B, Hs, blocks]: sums weighted with weights [B, Hs, 3 or more] of blocks `first` to `last`, others zero.
+    """Return [B, Hs, blocks]: forecasts of blocks `first` to `last` less the weight of one, others zero.
 
-    estimate [B, Hs, N]; past [B, Hs, 1, capacity]; distance [last - first], the same for all heads.
+    A forecast is the sum, with weights [B, Hs, 4], of estimate [B, Hs, N], past [B, Hs, 1, capacity], distance
+    [last - first], the same for all heads, and one; but at least the estimate less `DOUBT`.
     """
     score = torch.nn.functional.pad(estimate[..., first:last] * weights[..., :1], (first, blocks - last))
     inner = score[..., first:last]
     inner.addcmul_(past[:, :, 0, first:last], weights[..., 1:2])
     inner.addcmul_(distance, weights[..., 2:3])
+    torch.maximum(inner, estimate[..., first:last] - (weights[..., 3:4] + DOUBT), out=inner)
     return score
 
 
@@ -31,8 +33,8 @@ def remember(
 ) -> None:  # fmt: skip
     """Bring one row into the logarithm of the average of the first `blocks` blocks, past [B, Hs, 1, capacity], in place.
 
-    The row is maxima [B, Hs, K] for the blocks of `selection` [B, Hs, K], -1 for none. Of others it is their score, a
-    logarithm: with weights [B, Hs, 4] of estimate [B, Hs, N], average, distance [N] and one; the floor after block N.
+    The row is maxima [B, Hs, K] for the blocks of `selection` [B, Hs, K], -1 for none. Of others it is their forecast
+    (`weigh`), a logarithm, by estimate [B, Hs, N] and distance [N]; the floor after block N.
     """
     used, known = past[:, :, 0, :blocks], estimate.shape[2]
     # -1 only comes with left padding, where block 0 is padding too: what is written there is never looked at.

@@ -5,7 +5,7 @@ Gimelshein, arXiv 1805.02867). A store hands out its pieces (`attnpred.store`), 
 
 `StreamedAttention` is the attention (for one query it is numba's kernel, where that is there: its items are the pieces).
 `StreamedRows` are history rows of the same pass: a block's largest probability is its largest logit less the log-sum-exp
-over all pieces, so it is known once the last piece was seen.
+over all pieces, so it is known once the last piece was seen. `StreamedMeans` are the mean keys of the same pass.
 
 Pieces begin on a block, and a piece gives the same bits wherever its keys came from.
 """
@@ -91,6 +91,24 @@ class StreamedAttention(Streamed):
             extra = self.terms.sinks.float().view(1, -1, 1)
             self.output = self.output * torch.exp(self.normaliser - torch.logaddexp(self.normaliser, extra))[..., None]
         return self.output.to(self.query.dtype)
+
+
+@final
+class StreamedMeans:
+    """Feed it the keys of every piece with `add`; then `result` are the means of all full blocks, [B, Hkv, N, D], fp32."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size, self.parts = block_size, list[Tensor]()
+
+    def add(self, start: int, keys: Tensor) -> None:
+        """Take in the keys of a piece, [B, Hkv, T, D]."""
+        tokens = keys.shape[2] // self.block_size * self.block_size
+        if tokens:
+            self.parts.append(keys[:, :, :tokens].float().unflatten(2, (-1, self.block_size)).mean(3))
+
+    def result(self) -> Tensor:
+        """Return the means; there is at least one full block."""
+        return torch.cat(self.parts, 2)
 
 
 @final

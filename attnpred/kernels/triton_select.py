@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnpred.kernels.digest import FLOOR, SMALLEST, STEP
+from attnpred.kernels.digest import DOUBT, FLOOR, SMALLEST, STEP
 from attnpred.kernels.triton_tools import ceil_div, room
 
 TILE_VECTORS = 128
@@ -114,8 +114,8 @@ def digest_shares(query: Tensor, codes: Tensor, vectors: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["first", "last", "blocks"])
 def _weigh(
-    estimate, past, weights, distance, out, first, last, blocks, estimate_batch, estimate_head, past_batch, past_head,
-    HEADS: tl.constexpr, BLOCKS: tl.constexpr,
+    estimate, past, weights, distance, out, first, last, blocks, doubt, estimate_batch, estimate_head, past_batch,
+    past_head, HEADS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS of one head's blocks."""
     row = tl.program_id(0)
@@ -123,11 +123,11 @@ def _weigh(
     n = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     inner = (n >= first) & (n < last)
     weights += row * 4
-    score = tl.load(estimate + batch * estimate_batch + head * estimate_head + n, mask=inner, other=0.0) * tl.load(
-        weights
-    )
+    share = tl.load(estimate + batch * estimate_batch + head * estimate_head + n, mask=inner, other=0.0)
+    score = share * tl.load(weights)
     score += tl.load(past + batch * past_batch + head * past_head + n, mask=inner, other=0.0) * tl.load(weights + 1)
     score += tl.load(distance + n - first, mask=inner, other=0.0) * tl.load(weights + 2)
+    score = tl.where(inner, tl.maximum(score, share - tl.load(weights + 3) - doubt), 0.0)
     tl.store(out + row.to(tl.int64) * blocks + n, score, mask=n < blocks)
 
 
@@ -139,7 +139,7 @@ def weigh(
     out = torch.empty(batch, heads, blocks, device=estimate.device, dtype=torch.float32)
     with torch.cuda.device_of(estimate):
         _weigh[(batch * heads, ceil_div(blocks, BLOCKS_AT_ONCE))](
-            estimate, past, weights.contiguous(), distance, out, first, last, blocks, *estimate.stride()[:2],
+            estimate, past, weights.contiguous(), distance, out, first, last, blocks, DOUBT, *estimate.stride()[:2],
             *past.stride()[:2], heads, BLOCKS_AT_ONCE, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -147,7 +147,7 @@ def weigh(
 
 @triton.jit(do_not_specialize=["blocks", "known", "chosen"])
 def _remember(
-    past, rate, estimate, weights, distance, ids, maxima, blocks, known, chosen, smallest, floor,
+    past, rate, estimate, weights, distance, ids, maxima, blocks, known, chosen, smallest, floor, doubt,
     past_batch, past_head, estimate_batch, estimate_head,
     HEADS: tl.constexpr, BLOCKS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
@@ -166,11 +166,11 @@ def _remember(
     tl.debug_barrier()  # all of the selection's old values are read before any is changed
     before = tl.load(past + n, mask=n < blocks, other=0.0)
     inner = n < known
-    guess = tl.load(estimate + batch * estimate_batch + head * estimate_head + n, mask=inner, other=0.0) * tl.load(
-        weights
-    )
+    share = tl.load(estimate + batch * estimate_batch + head * estimate_head + n, mask=inner, other=0.0)
+    guess = share * tl.load(weights)
     guess += before * tl.load(weights + 1) + tl.load(distance + n, mask=inner, other=0.0) * tl.load(weights + 2)
-    guess = tl.where(inner, tl.minimum(tl.maximum(guess + tl.load(weights + 3), floor), 0.0), floor)
+    guess = tl.maximum(guess + tl.load(weights + 3), share - doubt)
+    guess = tl.where(inner, tl.minimum(tl.maximum(guess, floor), 0.0), floor)
     guessed = tl.maximum(before + tl.log(1 - rate + rate * tl.exp(guess - before)), floor)
     tl.store(past + n, guessed, mask=n < blocks)
     tl.debug_barrier()  # what was attended has the last word
@@ -187,6 +187,6 @@ def remember(
     with torch.cuda.device_of(past):
         _remember[(batch * heads, ceil_div(blocks, BLOCKS_AT_ONCE))](
             past, rate, estimate, weights.contiguous(), distance, selection.contiguous(), maxima.contiguous(), blocks,
-            estimate.shape[-1], chosen, SMALLEST, FLOOR, *past.stride()[:2], *estimate.stride()[:2],
+            estimate.shape[-1], chosen, SMALLEST, FLOOR, DOUBT, *past.stride()[:2], *estimate.stride()[:2],
             heads, BLOCKS_AT_ONCE, room(chosen), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -2,8 +2,10 @@
 
 A block keeps the mean of its keys in r directions (`attnpred.predictor.directions`), in 4 bits each
 (`attnpred.kernels.digest`), so it takes r / 2 bytes. The directions are found with the keys that are sealed first, a
-prompt's, and with the queries that were met before them; later keys are coded in the same ones. The estimate of a
-block's attention is a softmax of the logits of all means.
+prompt's, and with the queries that were met before them; later keys are coded in the same ones. A call of several tokens
+attends to everything: a question about a text, or the next chunk of it. What it asks for lies in other directions, so they
+are found anew then, and all blocks coded again (`renew`). The estimate of a block's attention is a softmax of the logits of
+all means.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +16,11 @@ from torch import Tensor
 
 from attnpred import kernels
 from attnpred.kernels.digest import pack, unpack
-from attnpred.predictor.directions import key_directions, rank_for
+from attnpred.predictor.directions import Spread, key_directions, rank_for
 from attnpred.predictor.memory import Columns, Memory
+
+TURN = 8
+"""Tokens of a call from which on it is worth new directions; fewer say too little of what comes after them."""
 
 
 class Asked(NamedTuple):
@@ -31,7 +36,15 @@ class Asked(NamedTuple):
 class Digest(Memory):
     """Codes of one layer, and the estimates for the query that was looked at last."""
 
-    remembers: ClassVar[tuple[str, ...]] = ("_sealed", "estimate", "to_keys", "to_queries", "centre")
+    remembers: ClassVar[tuple[str, ...]] = (
+        "_sealed",
+        "estimate",
+        "to_keys",
+        "to_queries",
+        "centre",
+        "spread",
+        "counted",
+    )
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -43,6 +56,7 @@ class Digest(Memory):
         self._sealed = 0
         none = torch.empty(0, dtype=torch.float32, device="cpu")
         self.to_keys = self.to_queries = self.centre = none  # [B, Hkv, D, r] twice, [B, Hkv, 1, D]
+        self.spread, self.counted = none, 0  # `Spread` of the queries that the directions are of
         self.met = none
         self._estimate = none
         self._forget_asked()
@@ -79,29 +93,41 @@ class Digest(Memory):
         return (self._estimate.numel() if self._asked is None else self._asked.blocks) == 0
 
     def meet(self, query: Tensor, scale: float) -> None:
-        if not self._sealed:  # the directions are found once
+        if not self._sealed or query.shape[2] >= TURN:  # directions are found with them
             self.met = query.detach()
 
     def seal(self, keys: Tensor) -> None:
         self._settle()
-        batch, heads, tokens, _ = keys.shape
-        blocks = tokens // self.block_size
-        means = keys.float().unflatten(2, (blocks, -1)).mean(3)
+        means = keys.float().unflatten(2, (-1, self.block_size)).mean(3)
         if not self._sealed:
             self._begin(means)
+        self._add(means)
+
+    def wants_means(self, queries: int) -> bool:
+        return bool(self._sealed) and queries >= TURN
+
+    def renew(self, means: Tensor) -> None:
+        self._settle()
+        self._begin(means)
+        self._sealed = 0
+        self._add(means)
+
+    def _add(self, means: Tensor) -> None:
+        """Code the means of the blocks that follow."""
+        batch, heads, blocks, _ = means.shape
         packed = pack((means - self.centre) @ self.to_keys)
-        self.codes.reserve(batch, heads, self._sealed + blocks, keys.device)[:, :, self._sealed :] = packed
+        self.codes.reserve(batch, heads, self._sealed + blocks, means.device)[:, :, self._sealed :] = packed
         self._sealed += blocks
 
     def _begin(self, means: Tensor) -> None:
-        """Find the directions, from the means of the first blocks and the queries that were met."""
+        """Find the directions, from the means of all blocks there are and the queries that were met."""
         batch, heads, _, dim = means.shape
-        queries = self.met.float() if self.met.numel() else means.new_zeros(batch, heads, 0, dim)
+        queries = self.met if self.met.numel() else means.new_zeros(batch, heads, 0, dim)
+        spread = Spread(self.spread, self.counted).and_new(queries.reshape(batch, heads, -1, dim))
+        self.spread, self.counted = spread
         self.centre = means.mean(2, keepdim=True)
         rank = rank_for(dim, self.block_size)
-        self.to_keys, self.to_queries = key_directions(
-            queries.reshape(batch, heads, -1, dim), means - self.centre, rank
-        )
+        self.to_keys, self.to_queries = key_directions(spread, means - self.centre, rank)
         self.codes.clear()
         self.codes.after = (rank // 2,)
         self.met = self.met.new_empty(0)

@@ -92,6 +92,12 @@ class Fitted(Memory):
         self.met = query.detach(), scale
         self.digest.meet(query, scale)
 
+    def wants_means(self, queries: int) -> bool:
+        return self.digest.wants_means(queries)
+
+    def renew(self, means: Tensor) -> None:
+        self.digest.renew(means)
+
     def seal(self, keys: Tensor) -> None:
         self.digest.seal(keys)
 

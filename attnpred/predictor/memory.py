@@ -4,7 +4,7 @@ The decode step owns a memory, feeds it, and keeps it consistent with the cache 
 the policy that made it reads it. It is fed in this order, once per token (a prompt feeds its last rows at once):
 
     meet    the last queries of a dense call, of which the rows are pushed after its keys are sealed
-    seal    keys of blocks that have just become full, the only keys a memory ever sees
+    seal    keys of blocks that have just become full; other keys a memory sees only as means (`renew`), if it wants them
     look    the query that attends next (before a selection that may use it) or that attended last (after it)
     push    the attention row of that query: what it put on the blocks it attended
 
@@ -153,6 +153,13 @@ class Memory(ABC):
 
     def meet(self, query: Tensor, scale: float) -> None:
         """Take in the queries [B, Hq, R, D] whose rows are pushed next, and the scale of their logits."""
+
+    def wants_means(self, queries: int) -> bool:
+        """Say, before `meet`, whether it wants the mean keys of all full blocks with a dense call of so many queries."""
+        return False
+
+    def renew(self, means: Tensor) -> None:
+        """Take in the mean keys of all full blocks, [B, Hkv, N, D], in place of what it was told of their keys before."""
 
     def seal(self, keys: Tensor) -> None:
         """Take in the keys of newly filled blocks, [B, Hkv, whole blocks * P, D], in order."""

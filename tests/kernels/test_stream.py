@@ -1,6 +1,7 @@
 """`weigh`, `remember` and `choose`: the numba backend against torch, which is short enough to read."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpred.kernels import DIGEST, STREAM_BACKENDS
-from attnpred.kernels.digest import FLOOR
+from attnpred.kernels.digest import DOUBT, FLOOR
 
 SLOW, FAST = STREAM_BACKENDS["torch"], STREAM_BACKENDS["numba"]
 
@@ -49,6 +50,15 @@ def test_remember(batch: int, heads: int, blocks: int, seed: int, data: st.DataO
     FAST["remember"](got, 0.03, blocks + 1, estimate, weights, distance, selection, maxima)
     SLOW["remember"](want, 0.03, blocks + 1, estimate, weights, distance, selection, maxima)
     torch.testing.assert_close(got, want, equal_nan=True, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [SLOW, FAST])
+def test_a_block_that_its_digest_points_at_is_not_overlooked_for_its_past(backend: Any) -> None:
+    """Weights that trust the past alone, and a block without one: its forecast is its share by digest, less `DOUBT`."""
+    estimate, past = torch.tensor([[[-0.5, -9.0, -5.0]]]), torch.tensor([[[[FLOOR, -3.0, -3.0]]]])
+    weights = torch.tensor([[[0.0, 1.0, 0.0, 0.25]]])
+    found = backend["weigh"](estimate, past, weights, torch.zeros(3), 0, 3, 3) + 0.25
+    torch.testing.assert_close(found, torch.tensor([[[-0.5 - DOUBT, -2.75, -2.75]]]))
 
 
 def test_remember_averages_what_was_attended_and_what_was_guessed() -> None:

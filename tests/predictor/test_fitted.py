@@ -12,7 +12,7 @@ from torch import Tensor
 from attnpred.kernels.digest import FLOOR, pack
 from attnpred.predictor import told
 from attnpred.predictor.digest import Digest
-from attnpred.predictor.directions import key_directions, rank_for
+from attnpred.predictor.directions import Spread, key_directions, rank_for
 from attnpred.predictor.fitted import PRIOR, RATE, Fitted
 from attnpred.predictor.ridge import Ridge
 
@@ -182,7 +182,7 @@ def test_a_row_has_the_digest_that_it_has_alone() -> None:
 
 def test_the_state_is_small() -> None:
     """Codes and past, per byte of half-precision keys and values: counted, not believed."""
-    for size, codes in ((4, 8), (8, 16), (16, 32)):  # blocks of 64 dimensions
+    for size, codes in ((4, 12), (8, 24), (16, 32)):  # blocks of 64 dimensions
         memory = Fitted(size, (1, 2), ROWS)
         memory.seal(torch.randn(1, HEADS, 80 * size, 64))
         memory.push(torch.rand(1, HEADS, 1, 80))
@@ -229,17 +229,51 @@ def test_what_rows_tell_is_a_loop_over_rows_and_blocks(skipped: int, monkeypatch
 # Directions
 
 
-@pytest.mark.parametrize(("dim", "block_size", "rank"), [(64, 16, 64), (64, 8, 32), (64, 4, 16), (5, 16, 6), (8, 1, 2)])
-def test_a_digest_takes_the_same_bytes_for_a_token_whatever_the_block(dim: int, block_size: int, rank: int) -> None:
+def spread_of(queries: Tensor) -> Spread:
+    return Spread(torch.zeros(1, queries.shape[1], queries.shape[3], queries.shape[3]), 0).and_new(queries)
+
+
+@pytest.mark.parametrize(
+    ("dim", "block_size", "rank"), [(64, 16, 64), (64, 8, 48), (64, 4, 24), (128, 4, 48), (5, 16, 6), (8, 1, 2)]
+)
+def test_a_digest_takes_the_same_bytes_for_a_token_up_to_all_directions(dim: int, block_size: int, rank: int) -> None:
     assert rank_for(dim, block_size) == rank
 
 
 def test_all_directions_give_the_logits_themselves() -> None:
     queries, means = torch.randn(1, HEADS, 50, DIM), torch.randn(1, HEADS, 90, DIM)
-    to_keys, to_queries = key_directions(queries, means, DIM)
+    to_keys, to_queries = key_directions(spread_of(queries), means, DIM)
     got = (queries @ to_queries) @ (means @ to_keys).transpose(-1, -2)
     torch.testing.assert_close(got, queries @ means.transpose(-1, -2), atol=1e-3, rtol=1e-3)
     assert (means @ to_keys).square().mean(2).allclose(torch.ones(DIM), atol=1e-3)
+
+
+def test_old_queries_count_for_no_more_than_the_new() -> None:
+    old, new = torch.randn(1, HEADS, 50, DIM), torch.randn(1, HEADS, 10, DIM)
+    both = spread_of(old).and_new(new)
+    want = spread_of(old).sums / 50 + spread_of(new).sums / 10
+    torch.testing.assert_close(both.sums / both.queries, want / 2)
+    few = spread_of(new).and_new(old)
+    torch.testing.assert_close(few.sums, spread_of(torch.cat((old, new), 2)).sums)
+    assert (both.queries, few.queries) == (20, 60) and both.and_new(new[:, :, :0]) is both
+
+
+def test_a_question_finds_what_the_text_never_looked_for() -> None:
+    """Queries of the text look in the first dimensions, those of a question in the last, where keys are as far apart."""
+    keys, queries = torch.randn(1, 1, 60 * P, 32), torch.randn(1, 2, 64, 32)
+    queries[..., 16:] *= 1e-3
+    question = torch.cat((torch.zeros(1, 2, 20, 24), 2 * torch.randn(1, 2, 20, 8)), 3)
+    means = keys.unflatten(2, (-1, P)).mean(3)
+    true = torch.softmax(question[:, :, -1] @ means[:, 0].transpose(-1, -2), -1).sum(1, keepdim=True).log()
+    digest, error = Digest(P), []
+    digest.meet(queries, 1.0)
+    digest.seal(keys)
+    for is_new in (False, True):
+        if is_new:
+            digest.meet(question, 1.0)
+            digest.renew(means)
+        error.append(float((digest.shares(question[:, :, -1], 1.0, 1, 60) - true).norm() / (true - true.mean()).norm()))
+    assert error[0] > 0.9 and error[1] < 0.6, error
 
 
 def test_directions_that_no_query_looks_in_are_left_out() -> None:
@@ -247,7 +281,7 @@ def test_directions_that_no_query_looks_in_are_left_out() -> None:
     queries, means = torch.randn(1, 1, 2000, 8), torch.randn(1, 1, 300, 8)
     queries[..., 4:] *= 1e-3
     means[..., 4:] *= 3
-    to_keys, to_queries = key_directions(queries, means, 4)
+    to_keys, to_queries = key_directions(spread_of(queries), means, 4)
     true = queries @ means.transpose(-1, -2)
     error = (queries @ to_queries) @ (means @ to_keys).transpose(-1, -2) - true
     assert error.norm() < 0.3 * true.norm()

@@ -104,6 +104,13 @@ def test_it_fits_its_screen(browser: Browser, server: Running, width: int, dark:
     assert browser.ask("getComputedStyle(document.body).backgroundColor") == colour
 
 
+def test_any_budget_may_be_asked_for_or_none(browser: Browser, server: Running) -> None:
+    browser.visit(server.url, 1280, False)
+    browser.wait_for(READY)
+    assert browser.ask("[budget.value, budget.placeholder, budget.checkValidity()]") == ["", "128", True]
+    assert browser.ask("(budget.value = '819', document.getElementById('ask').checkValidity())")
+
+
 def test_a_stop_ends_an_answer_on_the_server_too(browser: Browser, server: Running) -> None:
     browser.visit(server.url, 1280, False)
     browser.wait_for(READY)

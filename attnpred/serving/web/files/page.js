@@ -195,8 +195,9 @@ function keepInView() {
 async function ask(question) {
   const asking = state.asking = new AbortController();
   const isCompared = $("compare").checked;
-  const budget = Number($("budget").value);
-  const own = new Answer(isCompared ? `${state.model.attnpred.policy}, budget ${budget}` : "", listener);
+  const budget = $("budget").value;  // left empty: the server's own
+  const named = budget || $("budget").placeholder;
+  const own = new Answer(isCompared ? `${state.model.attnpred.policy}, budget ${named}` : "", listener);
   const full = isCompared ? new Answer("full cache", listener) : null;
   state.messages.push({ role: "user", content: question });
   state.answers.push(own);
@@ -205,7 +206,7 @@ async function ask(question) {
   $("send").textContent = "Stop";
   let current = own;
   try {
-    await write(own, { budget }, asking.signal);
+    await write(own, budget ? { budget: Number(budget) } : {}, asking.signal);
     if (full) {
       current = full;
       await write(full, { policy: "full", reads: false }, asking.signal);
@@ -275,7 +276,7 @@ async function start() {
   say("");
   $("model").textContent = `${state.model.id}, ${state.model.context_length.toLocaleString()} tokens of context`;
   const budget = state.model.attnpred.budget;
-  $("budget").value = budget > 1 ? budget : Math.round(budget * state.model.context_length);
+  $("budget").placeholder = budget > 1 ? `${budget}` : `${Math.round(budget * 100)} %`;
   await refresh();
   const last = sessionStorage.getItem("open");
   const found = state.documents.find(one => one.id === last) ?? state.documents[0];

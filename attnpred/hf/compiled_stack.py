@@ -95,7 +95,7 @@ class CompiledStack:
                 plan.begin(zone)
         places = kwargs.get("position_ids")
         if places is None:
-            places = torch.full((1, 1), length, device=ids.device)
+            places = torch.full((1, 1), length, dtype=torch.int64, device=ids.device)
         hidden = self._module.embed_tokens(ids)
         cos, sin = self._module.rotary_emb(hidden, position_ids=places)
         found = hidden.detach()[:, 0].to(torch.float32, copy=True, memory_format=torch.contiguous_format)

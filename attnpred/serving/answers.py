@@ -85,7 +85,7 @@ def step(model: Any, rows: Sequence[Row]) -> dict[Row, Exception]:
             alone += part
     for row in alone:
         try:
-            tokens = torch.tensor([[row.token]], device=model.device)
+            tokens = torch.tensor([[row.token]], dtype=torch.int64, device=model.device)
             row.take(model(tokens, **cache_argument(row.cache), use_cache=True).logits[0, -1])
         except Exception as error:  # of a tier, a disk, a kernel: this answer alone is lost
             failed[row] = error
@@ -95,8 +95,8 @@ def step(model: Any, rows: Sequence[Row]) -> dict[Row, Exception]:
 def _step_together(model: Any, rows: Sequence[Row]) -> bool:
     """Take a step of several rows in one call; if it fails, put their caches back, and return False."""
     lengths = [row.cache.get_seq_length() for row in rows]
-    tokens = torch.tensor([[row.token] for row in rows], device=model.device)
-    places = torch.tensor([[length] for length in lengths], device=model.device)
+    tokens = torch.tensor([[row.token] for row in rows], dtype=torch.int64, device=model.device)
+    places = torch.tensor([[length] for length in lengths], dtype=torch.int64, device=model.device)
     cache = CacheRows([row.cache for row in rows])
     try:
         logits = model(tokens, position_ids=places, **cache_argument(cache), use_cache=True).logits[:, -1]

@@ -13,6 +13,7 @@ from attnpred.errors import ConfigError, NotSparseError
 from attnpred.hf.cache import TieredCache
 from attnpred.hf.choose import attend_near, check_budgets, described, make_policy, make_settings, make_sharing
 from attnpred.hf.handle import Attached
+from attnpred.hf.originals import check_place
 from attnpred.hf.packing import pack_weights
 from attnpred.hf.support import is_served, refuse_model, refuse_unsupported
 from attnpred.policies.base import Policy
@@ -31,6 +32,7 @@ def attach(
     config: CacheConfig | None = None,
     predictor: Predictor | str | Path | None = None,
     weights: str | None = None,
+    originals: str | None = None,
     **overrides: Any,
 ) -> Attached:
     """Switch the sparse path of `model` on, for good or for a `with` block, and return the handle.
@@ -38,7 +40,8 @@ def attach(
     budget: tokens, or a share of the context up to 1 (see `CacheConfig`); config and overrides: all other settings;
     policy: a name of `attnpred info`, or an instance; predictor: a `Predictor`, a folder or a Hub id;
     weights: "int8" or "int4" packs those of linear layers meanwhile, on a CPU; "float" leaves them, and multiplies by our
-    own kernels (`attnpred.hf.packing`).
+    own kernels (`attnpred.hf.packing`);
+    originals: "disk" has the weights that were packed in a file meanwhile, not in memory (`attnpred.hf.originals`).
     Raises `UnsupportedModelError` and `ConfigError` before the first token.
 
     Example:
@@ -73,7 +76,8 @@ def attach(
         cache.model = weakref.ref(model)
         return cache
 
-    packing = None if weights is None else pack_weights(model, weights)
+    check_place(originals, weights)
+    packing = None if weights is None else pack_weights(model, weights, originals)
     try:
         what = described(chosen, settings)
         return Attached(model, make_cache, what, strict=settings.strict, packing=packing).activate()

@@ -1,7 +1,8 @@
 """Weights of a model in few bits while this lasts: products behind `nn.Linear`, and the model given back as it was.
 
 Each plain `nn.Linear`, the language-model head too, gets a `forward` of its own, an attribute of the instance, which is
-taken away again. Its weight stays where it is, untouched: it comes back bit for bit, and memory grows by the packed copy.
+taken away again. Its weight stays where it is, untouched, or lies in a file (`attnpred.hf.originals`): it comes back bit for
+bit. Without the file, memory grows by the packed copy.
 What the copy stands for is the model meanwhile, for prompts as well: there the matrix is unpacked piece by piece, and torch
 multiplies. Projections that read the same input (`FUSED`) are one call (`attnpred.hf.packed_forward`), and layers of known
 families are two (`attnpred.hf.compiled_layer`), all of them together one (`attnpred.hf.compiled_stack`).
@@ -24,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attnpred.errors import ConfigError, UnsupportedModelError, missing_extra
+from attnpred.hf.originals import Originals, check_place
 from attnpred.hf.weights import adapters, packed_kind
 from attnpred.kernels import DIGEST
 from attnpred.kernels.linear import BITS, pack
@@ -38,12 +40,12 @@ AS_THEY_ARE = "float"
 class Packing:
     """The packed weights of a model: a context manager that gives it back as it was."""
 
-    def __init__(self, model: PreTrainedModel, kind: str) -> None:
+    def __init__(self, model: PreTrainedModel, kind: str, originals: str | None = None) -> None:
         self.kind, self.bytes, self.left = kind, 0, Counter[str]()
         self._layers: list[nn.Linear] = []
         self._compiled: list[tuple[nn.Module, Any]] = []
         self._stack: list[tuple[nn.Module, Any]] = []
-        self._head = model.get_output_embeddings()
+        self._head, self._originals = model.get_output_embeddings(), Originals()
         adapted = {id(part) for part in adapters(model)}
         try:
             for module in model.modules():
@@ -52,6 +54,8 @@ class Packing:
                     plain = [layer for layer in layers if self._can_have(layer) and id(layer) not in adapted]
                     if plain:
                         self._pack(plain)
+            if originals is not None:
+                self._originals.put_away(model, self._layers)
             self._compile(model)
         except BaseException:
             self.undo()
@@ -103,6 +107,7 @@ class Packing:
     def stats(self) -> dict[str, Any]:
         """Return how many layers are packed in how many bytes, and how many with a matrix were left, by their class.
 
+        originals: bytes that the weights as they were take in memory meanwhile;
         compiled: steps of whole decoder layers that were compiled calls; hooked: those that were stock for a hook's sake;
         tokens: calls of the model whose layers were one compiled call; apart: steps that were not, by the reason.
         """
@@ -111,6 +116,7 @@ class Packing:
         apart = dict(sum((stack.apart for _, stack in self._stack), Counter()))
         packed = {"kind": self.kind, "layers": len(self._layers), "bytes": self.bytes, "left": dict(self.left)}
         compiled = steps + tokens * len(self._compiled)
+        packed["originals"] = sum(layer.weight.nbytes for layer in self._layers) - self._originals.bytes
         return packed | {"compiled": compiled, "hooked": hooked, "tokens": tokens, "apart": apart}
 
     def changed(self) -> list[nn.Module]:
@@ -121,6 +127,7 @@ class Packing:
         """Give the model back as it was; a second call does nothing."""
         for module in self.changed():
             vars(module).pop("forward", None)
+        self._originals.restore()
         self._layers, self._compiled, self._stack = [], [], []
 
     def __enter__(self) -> "Packing":
@@ -132,11 +139,13 @@ class Packing:
         self.undo()
 
 
-def pack_weights(model: PreTrainedModel, kind: str) -> Packing:
+def pack_weights(model: PreTrainedModel, kind: str, originals: str | None = None) -> Packing:
     """Pack the weights of `model` in "int8" or "int4" until `undo`; "float": have our own kernels read them as they are.
 
-    Raises `ConfigError`, `UnsupportedModelError`, `MissingExtraError`.
+    originals: "disk" has those that were packed in a file meanwhile (`attnpred.hf.originals`); None leaves them in memory.
+    Raises `ConfigError`, `UnsupportedModelError`, `MissingExtraError`, `StoreError`.
     """
+    check_place(originals, kind)
     if kind not in (*BITS, AS_THEY_ARE):
         raise ConfigError(
             f"got weights={kind!r}, expected one of {', '.join(map(repr, (*BITS, AS_THEY_ARE)))}, or None"
@@ -162,7 +171,7 @@ def pack_weights(model: PreTrainedModel, kind: str) -> Packing:
             raise UnsupportedModelError(
                 f"got {wanted} for weights in {name}, expected float32 or bfloat16: load the model with dtype='float32'"
             )
-    return Packing(model, kind)
+    return Packing(model, kind, originals)
 
 
 def is_packed(module: nn.Module) -> bool:

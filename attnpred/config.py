@@ -107,6 +107,13 @@ class CacheConfig:
             "for all. What a layer chooses in all stays the same."
         },
     )
+    estimate_rest: bool | None = field(
+        default=None,
+        metadata={
+            "about": "Add what a step leaves out to its output as an estimate, by a vector for each query head that the prompt's last rows "
+            "teach; left out: for policies that were made for it (predicted)."
+        },
+    )
     strict: bool = field(default=False, metadata={"about": "Fail where a decode step falls back to dense attention."})
     measure_recovery: bool = field(
         default=False,
@@ -186,6 +193,8 @@ class CacheConfig:
                 value = getattr(self, one.name)
                 if type(value) is not bool:
                     raise ConfigError(f"got {one.name}={checks.shown(value)}, expected True or False")
+        if type(self.estimate_rest) not in (bool, type(None)):
+            raise ConfigError(f"got estimate_rest={checks.shown(self.estimate_rest)}, expected True, False or None")
         for name in ("num_sink_tokens", "recent_window"):
             if self.block_size and getattr(self, name) % self.block_size:
                 raise ConfigError(

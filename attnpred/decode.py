@@ -19,13 +19,16 @@ from attnpred.choosing import Call, Chooser
 from attnpred.config import CacheConfig
 from attnpred.dense_calls import DenseCalls, seal
 from attnpred.errors import ConfigError
-from attnpred.kernels import sparse_decode
+from attnpred.kernels import add_rest
 from attnpred.kernels.dense import AttentionTerms
+from attnpred.kernels.rest import RestTerms
 from attnpred.kernels.streamed import StreamedAttention, StreamedRows
 from attnpred.policies.base import Policy
 from attnpred.policies.left import Left
 from attnpred.policies.select import Zone
 from attnpred.predictor.memory import Memory, State, inside, spread
+from attnpred.predictor.rest import Rest
+from attnpred.rest_rows import RestRows, attend_selected
 from attnpred.store.base import Store
 from attnpred.telemetry import LayerCounts
 from attnpred.truth import count_recovery, true_mass, true_rows
@@ -60,9 +63,20 @@ class LayerDecoder:
         self.chooser = Chooser(config, policy, counts, layer, self.memory)
         self.seen: Tensor | None = None
         """What the last step gave to the blocks of `attended`: the largest probability in each, [B, Hs, K]."""
-        self.dense = DenseCalls(config, policy, self.memory, self.chooser)
         self.plan: Any = None
         """How its steps are compiled, if they are (`attnpred.plan`)."""
+        estimates = policy.estimates_rest if config.estimate_rest is None else config.estimate_rest
+        self.rest = Rest() if estimates else None
+        learns = None if self.rest is None else RestRows(self.rest, self.chooser, self.memory)
+        self.dense = DenseCalls(config, policy, self.memory, self.chooser, learns)
+
+    def rest_terms(self) -> RestTerms | None:
+        """What is known of the rest, if it is estimated and there is anything."""
+        return None if self.rest is None else self.rest.terms
+
+    def rest_bytes(self, zone: Zone) -> int:
+        """Bytes that a step in `zone` reads of that."""
+        return 0 if self.rest is None or zone.covers_all else self.rest.bytes()
 
     @property
     def left(self) -> Left:
@@ -92,14 +106,16 @@ class LayerDecoder:
         *,
         prompt: bool,
         keys: Tensor | None = None,
+        output: Tensor | None = None,
     ) -> None:
         """Take in a dense call: query [B, Hq, Q, D], already in the store; mask [B, Q, L] or None (causal).
 
-        keys [B, Hkv, L, D]: all of them, where they are at hand (a prompt), so that none is read back.
+        keys [B, Hkv, L, D]: all of them, where they are at hand (a prompt), so that none is read back. output
+        [B, Hq, R, Dv]: of the last R queries or all, for the estimate of what steps leave out.
         """
         if prompt:
             self.chooser.steps = 0
-        self.dense.observe(self._call(query, store, terms, mask), keys)
+        self.dense.observe(self._call(query, store, terms, mask), keys, output)
 
     def attend(
         self, query: Tensor, store: Store, terms: AttentionTerms, mask: Tensor | None, *, remember: bool
@@ -151,10 +167,23 @@ class LayerDecoder:
 
     def _attend_to(self, selection: Tensor, call: Call, zone: Zone) -> tuple[Tensor, Tensor]:
         """Attend to the blocks of `selection`, and count it: output [B, Hq, D] and block maxima [B, Hs, K]."""
-        output, maxima = _sparse(selection, call)
+        output, maxima = self._sparse(selection, call, zone)
         self._count(call, zone, selection)
         self.chooser.attended, self.seen = (zone, selection), maxima
         return output, maxima
+
+    def _sparse(self, selection: Tensor, call: Call, zone: Zone) -> tuple[Tensor, Tensor]:
+        """Return the attention [B, Hq, D] to the blocks of `selection` [B, Hs, K], and its block maxima [B, Hs, K].
+
+        With an estimate of the rest, if there is one: then the maxima are shares of everything.
+        """
+        output, maxima, normaliser = attend_selected(selection, call, call.store.length)
+        rest = None if zone.covers_all else self.rest_terms()
+        if rest is None:
+            return output, maxima
+        self.counts.digest_bytes += self.rest_bytes(zone)
+        output, share = add_rest(output, call.query, normaliser, rest)
+        return output, maxima * (1 - share.unflatten(1, (maxima.shape[1], -1)).mean(2))[..., None]
 
     def _step_whole(self, whole: Tensor, call: Call, zone: Zone) -> Tensor:
         """A step in which the batch rows `whole` [B] attend to everything, which gives the memory their true rows.
@@ -173,7 +202,7 @@ class LayerDecoder:
         if not bool(whole.all()):
             known = chooser.pending is not None and chooser.pending[0].length == store.length
             selection = chooser.pending[1] if known and chooser.pending else chooser.select(call, zone, is_next=False)
-            sparse, maxima = _sparse(selection, call)
+            sparse, maxima = self._sparse(selection, call, zone)
             output = torch.where(whole[:, None, None], output, sparse)
             partly, seen = spread(*_for_heads(selection, maxima, call.heads), zone.blocks)
             row = torch.where(whole[:, None, None, None], row, partly)
@@ -215,15 +244,20 @@ class LayerDecoder:
         self.plan = None
         self.memory.clear()
         self.chooser.clear()
+        if self.rest is not None:
+            self.rest.clear()
 
     def state(self) -> State:
         """Return the state of the sequence, without the counters; tensors are its own, not copies."""
-        return self.chooser.state() | {f"memory.{name}": x for name, x in self.memory.state().items()}
+        found = self.chooser.state() | {f"memory.{name}": x for name, x in self.memory.state().items()}
+        return found if self.rest is None else found | {f"rest.{name}": x for name, x in self.rest.state().items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from the `state` of another decoder of the same layer, whose tensors are this one's from now on."""
         self.chooser.restore(state)
         self.memory.restore(inside("memory.", state))
+        if self.rest is not None:
+            self.rest.restore(inside("rest.", state))
 
     def crop(self, length: int) -> None:
         """Tokens from `length` on were removed."""
@@ -235,12 +269,16 @@ class LayerDecoder:
         self.plan = None
         self.memory.select(rows)
         self.chooser.select_rows(rows)
+        if self.rest is not None:
+            self.rest.select(rows)
 
     def repeat(self, times: int) -> None:
         """Repeat each batch row `times` times."""
         self.plan = None
         self.memory.repeat(times)
         self.chooser.repeat(times)
+        if self.rest is not None:
+            self.rest.repeat(times)
 
 
 def _for_heads(selection: Tensor, maxima: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -249,23 +287,3 @@ def _for_heads(selection: Tensor, maxima: Tensor, heads: int) -> tuple[Tensor, T
     if several == 1:
         return selection, maxima
     return selection.repeat_interleave(several, 1), maxima.repeat_interleave(several, 1)
-
-
-def _sparse(selection: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return the attention [B, Hq, D] to the blocks of `selection` [B, Hs, K], and its block maxima [B, Hs, K]."""
-    store, terms = call.store, call.terms
-    keys, values, slots = store.wait(selection)
-    output, maxima, _ = sparse_decode(
-        call.query,
-        keys,
-        values,
-        selection,
-        store.length,
-        block_size=store.block_size,
-        scale=terms.scale,
-        softcap=terms.softcap,
-        sinks=terms.sinks,
-        mask=call.mask,
-        slots=slots,
-    )
-    return output, maxima

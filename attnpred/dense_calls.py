@@ -16,32 +16,37 @@ from attnpred.config import CacheConfig
 from attnpred.kernels.remaining import QUERIES, attend_blocks
 from attnpred.kernels.streamed import StreamedAttention, StreamedMeans, StreamedRows
 from attnpred.policies.base import Policy
+from attnpred.rest_rows import MeanKey, RestRows
 from attnpred.shapes import num_blocks
 from attnpred.store.base import Store
 
 
 @final
 class DenseCalls:
-    """Beside the decode step of one layer, with the same memory and chooser."""
+    """Beside the decode step of one layer, with the same memory and chooser; `rest` learns what steps leave out, or None."""
 
-    def __init__(self, config: CacheConfig, policy: Policy[Any], memory: Any, chooser: Chooser) -> None:
-        self.config, self.policy, self.memory, self.chooser = config, policy, memory, chooser
+    def __init__(
+        self, config: CacheConfig, policy: Policy[Any], memory: Any, chooser: Chooser, rest: RestRows | None = None
+    ) -> None:
+        self.config, self.policy, self.memory, self.chooser, self.rest = config, policy, memory, chooser, rest
 
-    def observe(self, call: Call, keys: Tensor | None) -> None:
+    def observe(self, call: Call, keys: Tensor | None, output: Tensor | None = None) -> None:
         """Take in a call whose attention is computed elsewhere; keys [B, Hkv, L, D]: all of them, or None: read them back.
 
-        Rows are computed only when they may be needed: when the context is within H tokens of outgrowing the budget.
+        Rows are computed only when they may be needed: when the context is within H tokens of outgrowing the budget. output
+        [B, Hq, R, Dv]: of the last R queries, from which is learned what steps leave out; None: nothing is.
         """
         store, rows = call.store, self._begin(call)
-        means = self._means(call, rows)
+        means, mean = self._means(call, rows), self._mean(call, rows)
         if rows is not None:
             for start, piece in _pieces(store, keys):
                 rows.add(start, piece)
-                if means is not None:
-                    means.add(start, piece)
+                for other in (means, mean):
+                    if other is not None:
+                        other.add(start, piece)
         if self.memory.every:
             self._push_every(call, keys)
-        self._take_in(call, rows, means, keys)
+        self._take_in(call, rows, means, keys, mean, output)
 
     def attend(self, call: Call, *, remember: bool) -> Tensor:
         """Return the attention to everything, [B, Hq, Q, D]; `observe` is included if `remember`."""
@@ -50,7 +55,7 @@ class DenseCalls:
         query, store = call.query, call.store
         attention = StreamedAttention(query, store.length, call.terms, call.mask, store.piece_tokens)
         rows = self._begin(call) if remember else None
-        means = self._means(call, rows)
+        means, mean = self._means(call, rows), self._mean(call, rows)
         whole = store.whole() if query.shape[2] == 1 else None
         if whole is not None:
             attention.add(*whole)
@@ -59,48 +64,70 @@ class DenseCalls:
                 attention.add(*piece)
             if rows is not None:
                 rows.add(piece.start, piece.keys)
-            if means is not None:
-                means.add(piece.start, piece.keys)
+            for other in (means, mean):
+                if other is not None:
+                    other.add(piece.start, piece.keys)
+        output = attention.result()
         if remember:
             if self.memory.every:
                 self._push_every(call, None)
-            self._take_in(call, rows, means, None)
-        return attention.result()
+            self._take_in(call, rows, means, None, mean, output)
+        return output
 
     def _begin(self, call: Call) -> StreamedRows | None:
         """Prepare; return what computes the last rows of the call, if any are wanted."""
         query, store = call.query, call.store
         self.chooser.begin(store, query.shape[2], call.mask)
-        recent = min(query.shape[2], self.memory.rows)
-        if self.memory.every or not recent or not self._needs_memory(store):
+        recent = min(query.shape[2], max(self._rows, 0 if self.rest is None else self.config.history))
+        if not recent or not self._needs_memory(store):
             return None
         shown = None if call.mask is None else call.mask[:, -recent:]
         return StreamedRows(query[:, :, -recent:], store.length, call.terms, shown, block_size=store.block_size)
 
     def _means(self, call: Call, rows: StreamedRows | None) -> StreamedMeans | None:
         """Return what computes the means of all keys, if the memory wants them beside `rows`."""
-        if rows is None or not self.memory.wants_means(call.query.shape[2]):
+        if rows is None or not self._rows or not self.memory.wants_means(call.query.shape[2]):
             return None
         return StreamedMeans(call.store.block_size)
+
+    def _mean(self, call: Call, rows: StreamedRows | None) -> MeanKey | None:
+        """Return what computes the mean of all keys, if it is to be learned what steps leave out."""
+        return MeanKey(call) if rows is not None and self.rest is not None and self.rest.wants(call) else None
+
+    @property
+    def _rows(self) -> int:
+        """How many last rows the memory takes."""
+        return 0 if self.memory.every else self.memory.rows
 
     def _needs_memory(self, store: Store) -> bool:
         if self.policy.is_dense:
             return False
         return self.memory.every or not self.chooser.fits(store.length + self.config.history)
 
-    def _take_in(self, call: Call, rows: StreamedRows | None, means: StreamedMeans | None, keys: Tensor | None) -> None:
+    def _take_in(
+        self,
+        call: Call,
+        rows: StreamedRows | None,
+        means: StreamedMeans | None,
+        keys: Tensor | None,
+        mean: MeanKey | None = None,
+        output: Tensor | None = None,
+    ) -> None:
         query, store = call.query, call.store
         if not self._needs_memory(store):
             return
-        if rows is not None:
-            self.memory.meet(rows.query, call.terms.scale)
+        taken = None if rows is None or not self._rows else rows.query[:, :, -self._rows :]
+        if taken is not None:
+            self.memory.meet(taken, call.terms.scale)
         if means is not None:
             self.memory.renew(means.result())
         seal(self.memory, store, keys)
-        if rows is not None:
-            self.memory.push(rows.result(call.heads))
+        if rows is not None and taken is not None:
+            self.memory.push(rows.result(call.heads)[:, :, -self._rows :])
             if self.memory.watches:
-                self.memory.watch(rows.query, *store.view(), call.terms.scale)
+                self.memory.watch(taken, *store.view(), call.terms.scale)
+        if rows is not None and mean is not None and output is not None and self.rest is not None:
+            self.rest.learn(call, output, rows.normaliser, mean.scaled())
         if self.chooser.forecasts:
             self.memory.look(query[:, :, -1], call.terms.scale, call.heads)
         self.chooser.forecast(call)

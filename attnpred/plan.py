@@ -26,7 +26,7 @@ MOST = 8
 """Rows of a batch."""
 _INDIFFERENT = (
     "budget", "block_size", "num_sink_tokens", "recent_window", "history", "dense_layers", "layer_budgets", "strict",
-    "dense_when_fits", "offload_dir", "fast_limit", "host_limit", "disk_limit", "fetch_timeout", "own_sinks", "own_recent",
+    "dense_when_fits", "estimate_rest", "offload_dir", "fast_limit", "host_limit", "disk_limit", "fetch_timeout", "own_sinks", "own_recent",
 )  # fmt: skip
 """Settings that may be anything; of the others a plan knows nothing but the defaults."""
 
@@ -86,7 +86,10 @@ class Plan:
         past, codes, to_keys, centre, weights, distances = self._tables = memory.tables_for(self._blocks())
         query = torch.empty(keys.shape[0], heads, keys.shape[3], dtype=torch.float32, device="cpu")
         coded = Coded(memory.digest.for_numba(scale), centre.contiguous(), to_keys.contiguous(), codes)
-        self._step = Step(keys, values, store.block_size, query, scale, coded, past, weights, distances, RATE)
+        self._rest = decoder.rest_terms()
+        self._step = Step(
+            keys, values, store.block_size, query, scale, coded, past, weights, distances, RATE, self._rest
+        )
         self._asked = Asked(query, scale, store.heads, 0)
         self._block_bytes, self._code_bytes = store.block_bytes(), codes[:, :, 0].nbytes
         self.shape = keys.shape[0], keys.shape[1], keys.shape[3]
@@ -116,6 +119,7 @@ class Plan:
             and _is_in_step(self._decoder, store)
             and store.room()[0] is self._keys()
             and all(map(is_, memory.tables_for(self._blocks()), self._tables))
+            and self._decoder.rest_terms() is self._rest
             and scale == self._scale
         )
 
@@ -140,7 +144,7 @@ class Plan:
         chooser.pending, chooser.attended, decoder.seen = None, (zone, selection), self._seen
         chooser.steps += 1
         counts, blocks, rows = decoder.counts, selection.shape[2], self.shape[0] * self.shape[1]
-        counts.digest_bytes += sealed * self._code_bytes
+        counts.digest_bytes += sealed * self._code_bytes + decoder.rest_bytes(zone)
         attended = blocks * size - (zone.blocks * size - zone.length)
         full = zone.length * rows * self._block_bytes // size
         counts.count_sparse(zone.length, attended, blocks, blocks * rows * self._block_bytes, full)

@@ -20,6 +20,7 @@ LAYERS = (  # highest first; those on one line never import each other
     ("plan",),
     ("decode", "sharing"),
     ("dense_calls",),
+    ("rest_rows",),
     ("choosing",),
     ("truth",),
     ("policies", "store"),

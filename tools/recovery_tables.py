@@ -19,6 +19,8 @@ RESULTS, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "predictor.md"
 Row = dict[str, Any]
 FORECASTS = ("last_step", "ema", "accumulated", "streaming", "freekv", "predicted:predictor")
 QUERY = ("mean_key", "quest")
+ESTIMATED = ("estimate_rest=true", "estimate_rest=false")
+"""What a row says of the rest where it is not what the policy does by itself."""
 
 
 def load(name: str) -> list[Row]:
@@ -65,14 +67,32 @@ def against(rows: list[Row]) -> str:
     for budget in sorted({row["budget"] for row in rows}, reverse=True):
         own = {name_of(row): row for row in rows if row["budget"] == budget}
         forecast, corrected = own[OURS[0]], own[OURS[1]]
-        rivals = {name: row for name, row in own.items() if name.startswith(FORECASTS)}
+        published = {name: row for name, row in own.items() if not name.endswith(ESTIMATED)}
+        rivals = {name: row for name, row in published.items() if name.startswith(FORECASTS)}
         best = max(rivals, key=lambda name: rivals[name]["recovery"])
-        everyone = {name: row for name, row in own.items() if name.startswith(QUERY)} | rivals
+        everyone = {name: row for name, row in published.items() if name.startswith(QUERY)} | rivals
         closest = min(everyone, key=lambda name: everyone[name]["output_error"])
         ahead = [a - b for a, b in zip(_recovered(forecast), _recovered(rivals[best]), strict=True)]
         ratio = [a / b for a, b in zip(corrected["document_errors"], everyone[closest]["document_errors"], strict=True)]
         lines.append([share(budget), interval(ahead), f"`{best}`", interval(ratio), f"`{closest}`"])
     return table(["budget", "forecast ahead by", "of", "output error, corrected, over that", "of"], lines)
+
+
+def rest(rows: list[Row]) -> str:
+    """Every policy that was measured with an estimate of the rest and without: output error, and the ratio by document."""
+    lines = []
+    for budget in sorted({row["budget"] for row in rows}, reverse=True):
+        own = {name_of(row): row for row in rows if row["budget"] == budget}
+        for name in own:
+            plain = re.sub(r"[:,]estimate_rest=\w+$", "", name)
+            if plain == name or plain not in own:
+                continue
+            other = own[plain]
+            pair = (own[name], other) if name.endswith(ESTIMATED[0]) else (other, own[name])
+            with_it, without = (row["document_errors"] for row in pair)
+            ratio = interval([a / b for a, b in zip(with_it, without, strict=True)])
+            lines.append([f"`{plain}`", share(budget), interval(without), interval(with_it), ratio])
+    return table(["policy", "budget", "without", "with", "with over without"], lines)
 
 
 def _recovered(row: Row) -> list[float]:
@@ -98,6 +118,7 @@ def tables() -> dict[str, str]:
     return {
         "kept": by_budget(rows, "document_recovery"), "ratio": by_budget(rows, "documents"),
         "error": by_budget(rows, "document_errors"), "against": against(rows), "costs": costs(rows),
+        "rest": rest(rows),
     }  # fmt: skip
 
 

@@ -61,6 +61,10 @@ def _weights(text: str) -> str | tuple[float, ...]:
     return text if text == "adaptive" else _numbers(text)
 
 
+def _switch(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
 READERS: dict[Any, tuple[str, str, Callable[[str], Any]]] = {
     int: ("INTEGER", "a whole number", _whole),
     int | None: ("INTEGER", "a whole number, or none", _whole),
@@ -70,6 +74,7 @@ READERS: dict[Any, tuple[str, str, Callable[[str], Any]]] = {
     int | tuple[int, ...]: ("LAYERS", "a whole number of at least 0, or numbers of layers: 0,1,13", _layers),
     tuple[float, ...] | None: ("NUMBERS", "numbers with commas between them, or none", _numbers),
     str | tuple[float, ...] | None: ("NUMBERS", "adaptive, numbers with commas between them, or none", _weights),
+    bool | None: ("YES|NO", "true, false or none", _switch),
     str | None: ("WORD", "a word, or none", str),
     str | Path | None: ("PATH", "a path, or none", Path),
 }
@@ -117,7 +122,7 @@ def read(name: str, kind: Any, given: Any) -> Any:
         return None
     try:
         return reader(given)
-    except (ValueError, IndexError):
+    except (ValueError, LookupError):
         raise ConfigError(f"got {name}={given!r}, expected {expected}") from None
 
 

@@ -120,7 +120,9 @@ class _Replayed:
         self.first = self.keys.shape[2] - self.queries.shape[2]
         prompt = self.first + settings.history
         self.pool.append(self.keys[:, :, :prompt], self.values[:, :, :prompt])
-        self.decoder.observe(self.queries[:, :, : settings.history], self.pool, self.terms, None, prompt=True)
+        self.full = self._full()  # what attending to everything gives, for all queries, [documents, Hq, T, D]
+        asked, told = (x[:, :, : settings.history] for x in (self.queries, self.full))
+        self.decoder.observe(asked, self.pool, self.terms, None, prompt=True, output=told)
 
     def step(self, step: int) -> Tensor:
         """Decode the token of query `step`; return the attention's output [documents, Hq, D]."""
@@ -130,8 +132,7 @@ class _Replayed:
         self.pool.append(self.keys[:, :, place], self.values[:, :, place])
         return self.decoder.step(self.queries[:, :, step], self.pool, self.terms, None)
 
-    def full(self) -> Tensor:
-        """Return what attending to everything gives, for all queries, [documents, Hq, T, D]."""
+    def _full(self) -> Tensor:
         length, steps = self.keys.shape[2], self.queries.shape[2]
         places = torch.arange(length, device="cpu")
         allowed = places <= torch.arange(length - steps, length, device="cpu")[:, None]
@@ -146,7 +147,7 @@ def _layer(
     replayed = _Replayed(documents, layer, policy, settings)
     queries, keys, decoder, counts = replayed.queries, replayed.keys, replayed.decoder, replayed.counts
     mass = torch.stack([document.mass(settings.block_size)[layer] for document in documents]).float()
-    full = replayed.full()
+    full = replayed.full
     group = queries.shape[1] // keys.shape[1]
     length, blocks = keys.shape[2], mass.shape[-1]
     last: Tensor | None = None

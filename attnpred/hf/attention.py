@@ -73,13 +73,14 @@ def _attend(
     output = _dense(module, query, key, value, attention_mask, dropout, terms, kwargs)
     with torch.no_grad():
         query, key, value = query.detach(), key.detach(), value.detach()  # what is kept of them keeps no graph
+        told = output.detach()[:, -cache.settings.history :].transpose(1, 2).contiguous()
         _note_tokens(cache, layer, index, query)
         allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0]
         reading = KEPT.get()
         if reading is not None:
-            reading.layers.append(Seen(index, query, key, value, terms, allowed))
+            reading.layers.append(Seen(index, query, key, value, terms, allowed, told))
         if not cache.settings.is_dense_layer(index):
-            cache.decoder(index).observe(query, layer.store, terms, allowed, prompt=True, keys=key)
+            cache.decoder(index).observe(query, layer.store, terms, allowed, prompt=True, keys=key, output=told)
     return output.to(dtype)
 
 
@@ -124,7 +125,7 @@ def _attend_stored(
             decoder.counts.count_dense(layer.reason, query.shape[2], store.length, store.bytes())
         output = cache.sharing.attend(index, query, terms, allowed, decoder.counts, count=is_step)
         if remember:
-            decoder.observe(query, store, terms, allowed, prompt=layer.is_prompt)
+            decoder.observe(query, store, terms, allowed, prompt=layer.is_prompt, output=output)
         return output.transpose(1, 2).contiguous()
     if layer.is_sparse:  # then so are the layers that share its keys, for they come later
         allowed = None if attention_mask is None else _as_bool(attention_mask)[:, 0, -1]

@@ -25,7 +25,8 @@ KEPT: ContextVar["Reading | None"] = ContextVar("attnpred_reading", default=None
 
 
 class Seen(NamedTuple):
-    """One layer's prompt: query [B, Hq, L, D], key and value [B, Hkv, L, D], allowed [B, L, L] or None (causal)."""
+    """One layer's prompt: query [B, Hq, L, D], key and value [B, Hkv, L, D], allowed [B, L, L] or None (causal); output
+    [B, Hq, R, D] of its last queries."""
 
     layer: int
     query: Tensor
@@ -33,6 +34,7 @@ class Seen(NamedTuple):
     value: Tensor
     terms: AttentionTerms
     allowed: Tensor | None
+    output: Tensor
 
 
 @dataclass(slots=True)
@@ -67,7 +69,9 @@ class Reading:
             if layer is not None and not cache.settings.is_dense_layer(seen.layer):
                 if decoder.policy.reads_tokens:
                     decoder.memory.read(self.tokens, layer.store.length)
-                decoder.observe(seen.query, layer.store, seen.terms, seen.allowed, prompt=True, keys=seen.key)
+                decoder.observe(
+                    seen.query, layer.store, seen.terms, seen.allowed, prompt=True, keys=seen.key, output=seen.output
+                )
         for index, stock in self.stock.items():
             cache.layers[index] = copy.deepcopy(stock)
 

@@ -5,8 +5,8 @@ signature and is tested against it. To add a backend: one file here, one line in
 
 `sparse_decode` and `dense_decode` are chosen for every call (`attnpred.kernels.decoding`). On a GPU, Triton's kernels are
 used where it is installed; they are not in the tables, because those are tested on tensors of the CPU.
-`digest_shares`, `weigh`, `remember` and `choose` are those in use, `DIGEST` is their backend: chosen once, by whether numba
-is installed.
+`digest_shares`, `weigh`, `remember`, `choose` and `add_rest` are those in use, `DIGEST` is their backend: chosen once, by
+whether numba is installed.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnpred.kernels import digest, reference, stream, torch
+from attnpred.kernels import digest, reference, rest, stream, torch
 from attnpred.kernels.decoding import HAS_TRITON, dense_decode_numba, dense_decode_torch
 from attnpred.kernels.decoding import dense_decode as dense_decode
 from attnpred.kernels.decoding import sparse_decode as sparse_decode
@@ -98,3 +98,18 @@ STREAM_BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 weigh, remember = (_by_device(name, STREAM_BACKENDS[DIGEST][name]) for name in ("weigh", "remember"))
 choose = STREAM_BACKENDS[DIGEST]["choose"]
+
+
+def numba_add_rest(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`rest.add_rest` in one call, compiled by numba at first use (extra `fast`)."""
+    from attnpred.kernels import numba_rest  # numba is loaded when it is used, not before
+
+    return numba_rest.add_rest_numba(*arguments)
+
+
+REST_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": rest.add_rest_reference,
+    "torch": rest.add_rest,
+    "numba": numba_add_rest,
+}
+add_rest = REST_BACKENDS[DIGEST]

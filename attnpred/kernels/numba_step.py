@@ -1,4 +1,4 @@
-"""The attention of a decode step of one layer as compiled code: append, seal, choose, attend, remember, in that order.
+"""The attention of a decode step of one layer as compiled code: append, seal, choose, attend, add the rest, remember.
 
 Each part is what the step without it calls (`attnpred.decode`), so both find the same; what is left out is to look things
 up, to check, and to make tensors. All that is told lies in fields, which whoever plans the step fills (`attnpred.plan`).
@@ -13,23 +13,25 @@ from torch import Tensor
 
 from attnpred.kernels import numba_digest as choice
 from attnpred.kernels import numba_items as items
+from attnpred.kernels import numba_rest as rest
 from attnpred.kernels import numba_stream as stream
 from attnpred.kernels.digest import STEP
 from attnpred.kernels.numba_decode import ITEM_TOKENS, KINDS, item_fields
 from attnpred.kernels.numba_layer import store
 from attnpred.kernels.numba_team import share_out
 from attnpred.kernels.numba_tools import address, pointer, widen
+from attnpred.kernels.rest import RestTerms
 
 (
     KEYS, VALUES, CAPACITY, KIND, SIZE, BATCH, KV_HEADS, DIM, SCALE,
     CENTRE, TO_KEYS, RANK, CODES, CODES_CAPACITY, DISTANCES, DISTANCE_COUNT,
-    CHOICE, ITEMS, MEMORY, QUERY, PER_ITEM, SELECTION, SEEN, SINKS, FIRST_RECENT, BLOCKS, FREE,
-) = range(27)  # fmt: skip
+    CHOICE, ITEMS, MEMORY, QUERY, PER_ITEM, REST, SELECTION, SEEN, SINKS, FIRST_RECENT, BLOCKS, FREE,
+) = range(28)  # fmt: skip
 """Of a layer. KEYS, VALUES [B, Hkv, CAPACITY, DIM], numbers of KIND; CENTRE [B, Hkv, DIM] and TO_KEYS [B, Hkv, DIM, RANK] of
 its digests, CODES [B, Hkv, CODES_CAPACITY, RANK / 2]; DISTANCES: logarithms, the last is of the newest sealed block; CHOICE,
-ITEMS, MEMORY: fields of the three parts; SCALE: scale and soft cap; SELECTION and what follows: of the token; SEEN: what it
-gives to the blocks of its selection."""
-FIELDS = 27
+ITEMS, MEMORY: fields of the three parts; SCALE: scale and soft cap; REST and what follows: of the token; REST: fields of the
+estimate of what is left out, 0 for none; SEEN: what it gives to the blocks of its selection."""
+FIELDS = 28
 _MIDDLE = np.float32(7.5)
 
 
@@ -70,6 +72,21 @@ def _seal(f: Any, block: int) -> None:
 
 
 @numba.njit
+def _add_rest(f: Any, out: Any, normaliser: Any, maxima: Any) -> None:
+    """Add to out [B, Hq, D] an estimate of what was left out, and make maxima [B Hkv K] shares of everything."""
+    r, shares = numba.carray(pointer(f[REST]), rest.FIELDS, np.int64), np.empty(normaliser.size, np.float32)
+    r[rest.OUTPUT] = r[rest.RESULT] = out.ctypes.data
+    r[rest.QUERY], r[rest.NORMALISER], r[rest.SHARE] = f[QUERY], normaliser.ctypes.data, shares.ctypes.data
+    rest.add_heads(r)
+    group, rows = r[rest.GROUP], f[BATCH] * f[KV_HEADS]
+    chosen = maxima.size // rows
+    for row in range(rows):
+        kept = np.float32(1) - shares[row * group : (row + 1) * group].sum() / np.float32(group)
+        for i in range(row * chosen, (row + 1) * chosen):
+            maxima[i] *= kept
+
+
+@numba.njit
 def attend(parallel: int, count: int, works: Any, f: Any, found: Any, length: int, out: Any) -> None:
     """Attend with the query of found [B, Hq + 2 Hkv, D], the last of `length` tokens, and remember: out [B, Hq, D]."""
     size, heads = f[SIZE], out.shape[1]
@@ -95,6 +112,8 @@ def attend(parallel: int, count: int, works: Any, f: Any, found: Any, length: in
     items.decode_all(
         parallel, count, works[4], t, scale[0], scale[1], 0, out.ctypes.data, normaliser.ctypes.data, f[SEEN]
     )
+    if f[REST] != 0:
+        _add_rest(f, out, normaliser, numba.carray(pointer(f[SEEN]), rows * chosen, np.float32))
     m = numba.carray(pointer(f[MEMORY]), stream.FIELDS, np.int64)
     m[0], m[1], m[2], m[3], m[5] = 0, rows, f[BLOCKS], sealed, chosen
     m[7], m[9], m[10], m[11] = c[choice.ESTIMATE], farthest, f[SELECTION], f[SEEN]
@@ -120,12 +139,12 @@ class Step:
     values is held.
 
     keys, values [B, Hkv, capacity, D]; query [B, Hq, D], scratch memory in fp32; past [B, Hs, 1, N], weights [B, Hs, 4],
-    distances [n] and rate as in `attnpred.kernels.stream`.
+    distances [n] and rate as in `attnpred.kernels.stream`; terms: of the estimate of the rest, or None.
     """
 
     def __init__(
         self, keys: Tensor, values: Tensor, size: int, query: Tensor, scale: float, coded: Coded, past: Tensor,
-        weights: Tensor, distances: Tensor, rate: float,
+        weights: Tensor, distances: Tensor, rate: float, terms: RestTerms | None = None,
     ) -> None:  # fmt: skip
         batch, kv_heads, capacity, dim = keys.shape
         heads, rank, per_item = query.shape[1], coded.to_keys.shape[3], max(1, ITEM_TOKENS // size)
@@ -146,13 +165,15 @@ class Step:
         remembered = np.zeros(stream.FIELDS, np.int64)
         remembered[[4, 6, 8, 12]] = past.shape[3], history, weighed, round(rate / stream.RATE_UNIT)
         scales = np.array((scale, 0.0), np.float32)
-        self._held = query, coded, past, weights, distances, chosen, attended, remembered, scales
+        left_out = None if terms is None else rest.fields_of(batch * heads, dim, terms)
+        self._rest_at = 0 if left_out is None else left_out.ctypes.data
+        self._held = query, coded, past, weights, distances, chosen, attended, remembered, scales, terms, left_out
         self.fields = np.array(
             (
                 address(keys, *KINDS), address(values, keys.dtype), capacity, KINDS[keys.dtype], size, batch, kv_heads, dim,
                 scales.ctypes.data, centre, to_keys, rank, address(coded.codes, torch.int8), coded.codes.shape[2], far,
                 distances.numel(), chosen.ctypes.data, attended.ctypes.data, remembered.ctypes.data, asked, per_item,
-                *(0,) * 6,
+                *(0,) * 7,
             ),
             np.int64,
         )  # fmt: skip
@@ -160,5 +181,6 @@ class Step:
 
     def tell(self, selection: Tensor, seen: Tensor, sinks: int, first_recent: int, blocks: int, free: int) -> None:
         """Say of the next token which blocks it may choose, and where selection and block maxima [B, Hs, K] are written."""
+        rest_at = self._rest_at if free < first_recent - sinks else 0  # where all are chosen nothing is left out
         at = address(selection, torch.int64), address(seen, torch.float32)
-        self.fields[SELECTION:] = *at, sinks, first_recent, blocks, free
+        self.fields[REST:] = rest_at, *at, sinks, first_recent, blocks, free

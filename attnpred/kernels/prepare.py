@@ -10,7 +10,8 @@ from importlib import import_module
 from attnpred.kernels.decoding import HAS_NUMBA
 
 MODULES = tuple(
-    f"attnpred.kernels.{name}" for name in ("numba_copy", "numba_decode", "numba_digest", "numba_read", "numba_stream")
+    f"attnpred.kernels.{name}"
+    for name in ("numba_copy", "numba_decode", "numba_digest", "numba_read", "numba_rest", "numba_stream")
 )
 """What a decode step may need; these load the others."""
 

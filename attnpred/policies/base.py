@@ -66,6 +66,8 @@ class Policy(ABC, Generic[M]):
     """Every step attends to everything."""
     granularity: ClassVar[int] = USUAL_BLOCK
     """Tokens of a block that it chooses best by, unless the settings say otherwise."""
+    estimates_rest: ClassVar[bool] = False
+    """What it leaves out is estimated, unless the settings say otherwise."""
     evicts: ClassVar[bool] = False
     """What is not chosen is dropped for good: every choice is among what the last one has left."""
     keeps_decoded: ClassVar[bool] = False

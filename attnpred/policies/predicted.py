@@ -25,6 +25,7 @@ class Predicted(Policy[Fitted]):
     source: ClassVar[str] = "attnpred, after arXiv 2502.04077"
     corrects: ClassVar[bool] = True
     granularity: ClassVar[int] = 4
+    estimates_rest: ClassVar[bool] = True
 
     def memory(self, config: CacheConfig, layer: int) -> Fitted:
         size = config.block_size

@@ -44,6 +44,7 @@ def test_nothing_given_is_the_library_s_own() -> None:
 
 
 EXAMPLES: dict[str, tuple[str, Any]] = {
+    "estimate_rest": ("true", True),
     "budget": ("0.25", 0.25),
     "block_size": ("8", 8),
     "num_sink_tokens": ("128", 128),

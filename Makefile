@@ -65,6 +65,7 @@ docs: $(READY) ## rewrite what is generated: cli.md, speed.md, policies.md, evid
 	$(PY) -m tools.readme_table
 	$(PY) -m tools.recovery_tables
 	$(PY) -m tools.speed_tables
+	$(PY) -m tools.serve_table
 	$(PY) -m tools.policy_tables
 	$(PY) -m tools.evidence_tables
 	$(PY) -m tools.reliability --page

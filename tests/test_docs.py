@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tools import docs_cli, evidence_tables, policy_tables, readme_table, recovery_tables, reliability, speed_tables
+from tools import (
+    docs_cli,
+    evidence_tables,
+    policy_tables,
+    readme_table,
+    recovery_tables,
+    reliability,
+    serve_table,
+    speed_tables,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +46,10 @@ def test_the_tables_of_the_predictor_page_are_current() -> None:
 
 def test_the_speed_page_is_current() -> None:
     assert speed_tables.main(["--check"]) == 0
+
+
+def test_the_page_of_the_server_is_current() -> None:
+    assert serve_table.main(["--check"]) == 0
 
 
 def test_the_page_of_policies_is_current() -> None:

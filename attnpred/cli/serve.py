@@ -44,7 +44,12 @@ def serve(
         Path | None, typer.Option(help="Where documents and what was read are kept; left out: your cache folder.")
     ] = None,
     keep_limit: Annotated[int, typer.Option(help="Most bytes of what was read, on disk; 0 keeps none.")] = 8 << 30,
-    block_memory: Annotated[int, typer.Option(help="Most bytes of what was read, in memory.")] = 1 << 30,
+    block_memory: Annotated[
+        int,
+        typer.Option(
+            help="Most bytes of what was read, in memory: of blocks, and of documents as policies have read them."
+        ),
+    ] = 1 << 30,
     memory_limit: Annotated[
         int | None,
         typer.Option(help="Most bytes of the caches of all requests; left out: three quarters of what is free."),

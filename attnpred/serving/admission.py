@@ -15,7 +15,7 @@ from attnpred.policies.full import Full
 from attnpred.serving.job import Job
 from attnpred.store.estimate import readable
 
-STEP = 512
+STEP = 128
 """Tokens to which a context is rounded up: an estimate takes a moment, and is kept."""
 
 

@@ -22,6 +22,7 @@ from attnpred.serving.answers import Row, rows_of, step
 from attnpred.serving.chain import BlockStore
 from attnpred.serving.job import BusyError, Done, Failed, Job, Read, StoppingError, TooLateError
 from attnpred.serving.prefill import Prefill
+from attnpred.serving.seeds import Seeds
 
 logger = logging.getLogger("attnpred")
 
@@ -29,11 +30,12 @@ logger = logging.getLogger("attnpred")
 @final
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """running: answers at a time; waiting: requests in the queue; memory: bytes of all caches."""
+    """running: answers at a time; waiting: requests in the queue; memory: bytes of their caches; seeds: of documents'."""
 
     running: int = 64
     waiting: int = 64
     memory: int = 8 << 30
+    seeds: int = 1 << 30
 
 
 @final
@@ -59,7 +61,7 @@ class Engine:
 
     def __init__(self, model: Any, root: str, store: BlockStore, limits: Limits) -> None:
         self.model, self.root, self.store, self.limits = model, root, store, limits
-        self.admission = Admission(model, limits.memory)
+        self.admission, self.seeds = Admission(model, limits.memory), Seeds(limits.seeds)
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._reading: deque[_Active] = deque()
@@ -101,6 +103,7 @@ class Engine:
                 job.deadline = min(job.deadline, until)
             self._changed.notify()
         self._thread.join()
+        self.seeds.close()
         self.store.close()
 
     @property
@@ -161,7 +164,8 @@ class Engine:
                 self._waiting.popleft()
             self.admission.take(job)
             root = f"{self.root} {job.owner}"
-            self._reading.append(_Active(job, Prefill(self.model, self.store, root, job.ids, job.policy, job.settings)))
+            given = (self.model, self.store, self.seeds, root, job.ids, job.policy, job.settings, job.common)
+            self._reading.append(_Active(job, Prefill(*given)))
 
     def _read_on(self) -> None:
         """A block of the prompt whose turn it is."""

@@ -103,6 +103,7 @@ class Job:
     """What is asked, and how far it is. owner: whose texts it may reuse. policy: None for a document that is only read.
 
     tellers: one for each answer. most: tokens of an answer. ends: tokens that end one. looks: whether steps are looked at.
+    common: tokens up to the end of documents, where there are any.
     deadline: in the seconds of `time.monotonic`.
     """
 
@@ -116,6 +117,7 @@ class Job:
     most: int = 0
     ends: frozenset[int] = frozenset()
     looks: bool = False
+    common: int = 0
     deadline: float = float("inf")
     is_cancelled: bool = False
     asked: float = field(default_factory=time.monotonic)

@@ -36,6 +36,13 @@ class Prompt:
     spans: list[tuple[int, int]]
     places: tuple[Place, ...] = ()
 
+    @property
+    def common(self) -> int:
+        """How many of its tokens are over where the last document ends; 0 where there is none, or no place is known."""
+        end = max((place.start + place.length for place in self.places), default=0)
+        count = sum(last <= end for _, last in self.spans) if end else 0
+        return count if count < len(self.ids) else 0
+
     def letters(self, start: int, stop: int) -> tuple[str, int, int] | None:
         """Return (document, first letter, last letter) of tokens `start` to `stop`; None where they are in none."""
         if start >= len(self.spans):

@@ -117,8 +117,10 @@ class Service:
         self.ends = self._ends()
         folder = None if plan.folder is None else plan.folder / "blocks"
         store = BlockStore(folder, plan.keep_limit, plan.block_memory)
-        memory = plan.memory_limit or (free_host_bytes() or 16 << 30) * 3 // 4
-        self.engine = Engine(self.model, repr(made_by(self.model)), store, Limits(plan.streams, plan.waiting, memory))
+        memory = plan.memory_limit or max(1 << 30, (free_host_bytes() or 16 << 30) * 3 // 4 - 2 * plan.block_memory)
+        self.engine = Engine(
+            self.model, repr(made_by(self.model)), store, Limits(plan.streams, plan.waiting, memory, plan.block_memory)
+        )
         prepare(self.model.device.type)
         self.engine.start()
         self.is_ready = True
@@ -206,6 +208,7 @@ class Service:
             most=min(self.plan.tokens, room) if most is None else most,
             ends=self.ends,
             looks=looks and bool(prompt.places),
+            common=prompt.common,
             deadline=time.monotonic() + self.plan.seconds,
         )
 

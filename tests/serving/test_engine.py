@@ -156,6 +156,31 @@ def test_an_answer_does_not_depend_on_what_was_reused(service: Service) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("policy", ["predicted", "quest", "snapkv", "full"])
+def test_questions_about_a_document_go_on_from_where_the_policy_has_read_it(service: Service, policy: str) -> None:
+    """A fork of it says what one that has read all by itself says, to the last bit, and in any order."""
+
+    def asked(owner: str, question: str) -> tuple[int, list[Any]]:
+        one = Asked(service)
+        prompt = service.prompts.chat([{"role": "user", "content": question}], {"doc": STORY * 25})
+        assert 0 < prompt.common < len(prompt.ids)
+        drawing = Drawing(0.0, alternatives=5)
+        one.job = service.job(prompt, owner, one.events.put, drawing=drawing, most=6, policy=policy)
+        service.engine.submit(one.job)
+        done = one.finish()
+        assert isinstance(done, Done)
+        tokens = [token for event in one.seen if isinstance(event, Said) for token in event.tokens]
+        return len(prompt.ids) - done.reused, tokens
+
+    first, second = "Who wound it?", "Where did the old clock stand, and why was it never wrong?"
+    alone = [asked(f"{policy} {question}", question) for question in (first, second)]
+    together = [asked(policy, question) for question in (first, second, first)]
+    assert [tokens for _, tokens in together] == [alone[0][1], alone[1][1], alone[0][1]]
+    assert [unread < 60 for unread, _ in together] == [False, True, True]
+    assert 0 < service.engine.seeds.held_bytes <= service.engine.seeds.limit
+
+
+@pytest.mark.slow
 def test_requests_wait_for_memory(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ask(service, 1, most=200)
     monkeypatch.setattr(service.engine.admission, "limit", first.job.bytes + 1000)

@@ -5,10 +5,10 @@ attending: score the digests with the query, forecast or correct, take the best 
 `sparse_decode` over 1,024 tokens per kv head, in blocks of the variant's own size: 4 tokens for `predicted`, 16 for the
 others and for `predicted, blocks of 16`. Shape of an 8B model: 32 query heads, 8 kv heads, D = 128.
 
-Theory, 8 kv heads: codes of `predicted` take D / 32 bytes a token, 4 MB at 128K tokens whatever the block size; for each
-block 4 bytes of past are read twice and written once, and 4 of estimate and score a few times, 1 MB each with blocks of 4.
-`floor`, the time that reading as many bytes takes in one sum, is what no program can beat. The products are D / 4
-multiplications per block of 4 and query head, and a power of two.
+Theory, 8 kv heads: codes of `predicted` take 3 D / 64 bytes a token, 6 MB at 128K tokens (D / 32 and 4 MB with blocks of
+16); for each block 4 bytes of past are read twice and written once, and 4 of estimate and score a few times, 1 MB each with
+blocks of 4. `floor`, the time that reading as many bytes takes in one sum, is what no program can beat. The products are
+3 D / 8 multiplications per block of 4 and query head, and a power of two.
 
 `predicted, torch only` is the same without numba.
 

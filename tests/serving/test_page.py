@@ -74,7 +74,7 @@ def test_from_a_text_to_the_words_that_came_from_it(browser: Browser, server: Ru
         == 5
     )
     # a passage that was read for the word leads back to it
-    browser.ask("window.box = [...CSS.highlights.get('glow5')][0].getBoundingClientRect()")
+    browser.ask("window.box = [...CSS.highlights.get('glow5')].at(-1).getClientRects()[0]")
     x, y = browser.ask("[box.left + 4, box.top + box.height / 2]")
     browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     browser.wait_for("document.querySelectorAll('.answer .word')[5].classList.contains('from')")

@@ -95,7 +95,7 @@ export class DocumentView {
     }
     const at = this.paragraphs.find(one => one.node === node);
     if (!at) return -1;
-    return at.start + (at.isPlain ? offset : Array.from(node.data.slice(0, offset)).length);
+    return at.start + this.count(at, offset);
   }
 
   paragraphAt(letter) {
@@ -118,6 +118,18 @@ export class DocumentView {
       range.setEnd(one.node, to);
       yield range;
     }
+  }
+
+  // The letters that glow for a passage: of whole words.
+  shown(first, last) {
+    const begin = this.paragraphs[this.paragraphAt(first)], end = this.paragraphs[this.paragraphAt(last - 1)];
+    const [from] = words(begin.node.data, this.unit(begin, first - begin.start), this.unit(begin, last - begin.start));
+    const [, to] = words(end.node.data, this.unit(end, first - end.start), this.unit(end, last - end.start));
+    return [begin.start + this.count(begin, from), end.start + this.count(end, to)];
+  }
+
+  count(paragraph, unit) {
+    return paragraph.isPlain ? unit : Array.from(paragraph.node.data.slice(0, unit)).length;
   }
 
   unit(paragraph, letters) {

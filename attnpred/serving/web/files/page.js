@@ -259,9 +259,9 @@ $("text").addEventListener("pointermove", event => {
   const letter = view.letterAt(event.clientX, event.clientY);
   if (letter === pointed) return;
   pointed = letter;
-  state.answers.forEach(answer => answer.from(letter));
+  state.answers.forEach(answer => answer.from(letter, view));
 }, { passive: true });
-$("text").addEventListener("pointerleave", () => { pointed = -1; state.answers.forEach(answer => answer.from(-1)); });
+$("text").addEventListener("pointerleave", () => { pointed = -1; state.answers.forEach(answer => answer.from(-1, view)); });
 
 async function start() {
   for (;;) {

@@ -9,7 +9,6 @@ export class Answer {
     this.listener = listener;
     this.text = "";
     this.words = []; // { element, passages: Map "first-last" -> [first, last, weight] }
-    this.first = 0;
     this.element = make("div", "answer writing");
     if (title) this.element.append(make("h2", "", title));
     this.box = make("p", "words");
@@ -22,8 +21,8 @@ export class Answer {
 
   // A piece of text, and the passages that were read for it.
   add(piece, passages) {
-    if (piece) this.first ||= performance.now();
     this.text += piece;
+    if (!this.words.length) piece = piece.trimStart();
     for (const part of piece.split(/(?=\s)/)) {
       if (!part) continue;
       const last = this.words.at(-1);
@@ -63,9 +62,13 @@ export class Answer {
   }
 
   // Marks the words for which the passage at this letter was among the most read ones.
-  from(letter) {
+  from(letter, view) {
+    const isAt = ([first, last, weight]) => {
+      const [from, to] = view.shown(first, last);
+      return weight > .3 && from <= letter && letter < to;
+    };
     this.words.forEach((word, index) => {
-      const is = letter >= 0 && this.readFor(index).some(([first, last, weight]) => first <= letter && letter < last && weight > .3);
+      const is = letter >= 0 && this.readFor(index).some(isAt);
       word.element.classList.toggle("from", is);
     });
   }

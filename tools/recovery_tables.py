@@ -18,6 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "predictor.md"
 Row = dict[str, Any]
 FORECASTS = ("last_step", "ema", "accumulated", "streaming", "freekv", "predicted:predictor")
+CNN = "predicted:predictor=smollm2-cnn,calibration_interval="
+AUTHORS = f"{CNN}5,num_sink_tokens=64,recent_window=64,per_query_head=true"
+FORECAST = {
+    0: "predicted:late_share=0,estimate_rest=false",
+    1: "predicted:late_share=0,calibration_interval=1,estimate_rest=false",
+}
+"""Of the fitted forecast, by how often it gets a true row."""
 QUERY = ("mean_key", "quest")
 ESTIMATED = ("estimate_rest=true", "estimate_rest=false")
 """What a row says of the rest where it is not what the policy does by itself."""
@@ -95,6 +102,38 @@ def rest(rows: list[Row]) -> str:
     return table(["policy", "budget", "without", "with", "with over without"], lines)
 
 
+def trained(rows: list[Row]) -> str:
+    """The published network trained on this model, an average, and the fitted forecast, by how often they get a true row."""
+    lines, own = [], {name_of(row): row for row in rows if share(row["budget"]) == "1/13"}
+    for when, every in (("every step (open loop)", 1), ("every fifth step", 5), ("never (closed loop)", 0)):
+        names = f"{CNN}{every}", f"ema:rate=0.2,calibration_interval={every}", FORECAST.get(every, "")
+        average = own.get(names[1])
+        for name in names:
+            if name not in own or average is None:
+                continue
+            row = own[name]
+            ahead = [a - b for a, b in zip(_recovered(row), _recovered(average), strict=True)]
+            cells = [interval(row[field]) for field in ("document_recovery", "documents", "document_errors")]
+            lines.append([f"`{name}`", when, *cells, "-" if row is average else interval(ahead)])
+    authors = own.get(AUTHORS)
+    if authors is not None:
+        cells = [interval(authors[field]) for field in ("document_recovery", "documents", "document_errors")]
+        lines.append([f"`{AUTHORS}`", "every fifth step", *cells, "-"])
+    head = ["forecast", "true rows", "attention kept", "ratio", "output error", "kept, ahead of the average by"]
+    return table(head, lines)
+
+
+def selection_times() -> str:
+    """What a selection of a layer takes, with each of three forecasts, and the attention that it serves."""
+    found = json.loads((RESULTS / "selection.json").read_text(encoding="utf-8"))["rows"]
+    lines = [
+        [f"{row['context']:,}", row["variant"], f"{row['us']:,.0f}", f"{row['attention_us']:,.0f}"]
+        for row in found
+        if row["variant"] in ("cnn", "ema", "predicted") and row["context"] in (4096, 16384)
+    ]
+    return table(["context", "forecast", "us a selection", "us of its attention"], lines)
+
+
 def _recovered(row: Row) -> list[float]:
     return list(row["document_recovery"])
 
@@ -118,7 +157,7 @@ def tables() -> dict[str, str]:
     return {
         "kept": by_budget(rows, "document_recovery"), "ratio": by_budget(rows, "documents"),
         "error": by_budget(rows, "document_errors"), "against": against(rows), "costs": costs(rows),
-        "rest": rest(rows),
+        "rest": rest(rows), "trained": trained(rows), "times": selection_times(),
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ def train(
     ] = "cnn",
     steps: Annotated[int, typer.Option(help="Steps of the optimiser; 0: 1500 for cnn, 4000 for seer-gate.")] = 0,
     rank: Annotated[int, typer.Option(help="Directions that a gate keeps.")] = 32,
-    batch: Annotated[int, typer.Option(help="Windows per query; a step takes four queries (cnn).")] = 16,
+    batch: Annotated[int, typer.Option(help="Windows per query; a step takes four queries (cnn).")] = 4,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam, at first; it falls (cnn).")] = 3e-4,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the split and the order.")] = 0,
     history: Annotated[int, typer.Option(help="Rows of past attention that a prompt gives.")] = 64,

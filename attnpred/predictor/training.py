@@ -49,7 +49,7 @@ class TrainConfig:
 
     steps: int = 1500
     queries: int = 4
-    batch: int = 16
+    batch: int = 4
     lr: float = 3e-4
     history: int = 64
     sink_blocks: int = 4

@@ -50,7 +50,6 @@ PARTS = (
     Part("attnpred.choosing", "Chooser.select", "select: bookkeeping"),
     Part("attnpred.kernels.numba_digest", "choose", "select: digests scored, features weighed, the best taken"),
     Part("attnpred.rest_rows", "sparse_decode", "sparse attention"),
-    Part("attnpred.decode", "add_rest", "estimate of what is left out"),
     Part("attnpred.decode", "LayerDecoder._count", "counters"),
     Part("attnpred.decode", "LayerDecoder._push", "remember: bookkeeping"),
     Part("attnpred.kernels", "remember", "remember: the past of all blocks"),

@@ -11,6 +11,8 @@ import openai
 import pytest
 import torch
 
+from attnpred.errors import StoreError
+from attnpred.serving import engine
 from attnpred.serving.service import Plan
 from tests.serving.server import SMALL, Running, serving
 
@@ -214,6 +216,18 @@ def test_a_client_that_goes_frees_everything_at_once(server: Running) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.5)
     server.wait_until_idle(5)
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), StoreError("got a broken disk, expected a whole one")])
+def test_a_stream_whose_step_fails_ends_with_an_error(
+    server: Running, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An OSError too, which is no sign of a client that went."""
+    monkeypatch.setattr(engine, "step", lambda model, rows: dict.fromkeys(rows, error))
+    body = {"model": "demo", "prompt": "The", "max_tokens": 4, "stream": True}
+    found = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    *_, last = [json.loads(line[6:]) for line in found.text.splitlines() if line.startswith("data: {")]
+    assert last["error"]["type"] == "server_error" and "[DONE]" not in found.text
 
 
 def test_metrics_count(server: Running) -> None:

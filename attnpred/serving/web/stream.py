@@ -124,25 +124,22 @@ class EventStream(Response):
 
     async def _tell(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-
-        async def say(text: str) -> None:
+        async for text in self._texts():
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _texts(self) -> AsyncIterator[str]:
+        """Yield what is to be sent. An error of the job is the last of it, whatever it is: the status is sent already."""
         try:
             async for event in self.events.each(QUIET):
                 if event is None:
-                    await say(": still here\n\n")
-                    continue
-                text = "".join(_event(name, data) for name, data in self.chunks(event))
-                if text:
-                    await say(text)
+                    yield ": still here\n\n"
+                elif text := "".join(_event(name, data) for name, data in self.chunks(event)):
+                    yield text
             if self.last:
-                await say(f"data: {self.last}\n\n")
-        except (asyncio.CancelledError, OSError):
-            raise
-        except Exception as error:  # the status is sent already
-            await say(_event("error" if not self.last else "", body_of(error)))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                yield f"data: {self.last}\n\n"
+        except Exception as error:
+            yield _event("error" if not self.last else "", body_of(error))
 
 
 def _event(name: str, data: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, final
 
 from attnpred.config import CacheConfig
-from attnpred.errors import ConfigError, PredictorError
+from attnpred.errors import AttnpredError, ConfigError, PredictorError
 from attnpred.folders import user_cache
 from attnpred.hf import attach, is_carried, load_model, made_by, make_policy, make_settings
 from attnpred.policies.base import Policy
@@ -217,14 +217,18 @@ class Service:
         return {name: self.documents.get(owner, name).text for name in names}
 
     def add_document(self, owner: str, name: str, text: str) -> Document:
-        """Keep a text, and have it read. Raises `ConfigError`, `OutputError`, `BusyError`."""
-        count = len(self.prompts.document("", text).ids)
-        if count >= self.context:
+        """Keep a text, and have it read. Raises `AttnpredError`, and keeps nothing, where that cannot be done."""
+        ids = self.prompts.document("", text).ids
+        if (count := len(ids)) >= self.context:
             raise ConfigError(
                 f"got a document of {count} tokens, expected fewer than the {self.context} of the context"
             )
         made = self.documents.add(owner, name, text, count)
-        self._read(owner, made)
+        try:
+            self._read(owner, made, ids)
+        except AttnpredError:
+            self.documents.delete(owner, made.id)
+            raise
         return made
 
     def delete_document(self, owner: str, name: str) -> Document:
@@ -240,10 +244,16 @@ class Service:
         """Return how far a document is read; one that was handed in before this start is read if it has to be."""
         with self._lock:
             known = self._progress.get(document.id)
-        return known[0] if known is not None else self._read(owner, document)
+        if known is not None:
+            return known[0]
+        try:
+            return self._read(owner, document, self.prompts.document(document.id, document.text).ids)
+        except AttnpredError as error:  # of the queue, or of a smaller memory limit: it is tried again the next time
+            progress = Progress(document.tokens)
+            progress.tell(Failed(error))
+            return progress
 
-    def _read(self, owner: str, document: Document) -> Progress:
-        ids = self.prompts.document(document.id, document.text).ids
+    def _read(self, owner: str, document: Document, ids: Sequence[int]) -> Progress:
         parts = chain(f"{self.engine.root} {owner}", ids)
         progress, job = Progress(parts[-1].stop if parts else 0), None
         if all(self.engine.store.has(part.name) for part in parts):

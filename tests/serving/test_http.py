@@ -268,3 +268,21 @@ def test_what_can_never_fit_is_refused_in_one_line() -> None:
             found.status_code == 400 and "expected at most 1.00 MiB (memory_limit)" in found.json()["error"]["message"]
         )
         assert server.is_idle
+
+
+@pytest.mark.slow
+def test_a_document_that_cannot_be_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that could be read before this start is listed, with what is against it now."""
+    kind = {"content-type": "text/plain"}
+    with serving(Plan("demo", settings=SMALL, folder=tmp_path, keep_limit=0)) as server:
+        kept = httpx.post(f"{server.url}/v1/documents", content=STORY, headers=kind).json()
+        server.wait_until_idle()
+    with serving(Plan("demo", settings=SMALL, folder=tmp_path, keep_limit=0, memory_limit=1 << 16)) as server:
+        found = httpx.post(f"{server.url}/v1/documents", content=STORY, headers=kind)
+        assert found.status_code == 400 and "(memory_limit)" in found.json()["error"]["message"]
+        (listed,) = httpx.get(f"{server.url}/v1/documents").raise_for_status().json()["data"]
+        assert (listed["id"], listed["status"]) == (kept["id"], "failed") and "(memory_limit)" in listed["error"]
+        assert len(list(tmp_path.rglob("doc-*.json"))) == 1
+        monkeypatch.setattr(server.service.engine.admission, "limit", 1 << 30)
+        assert httpx.get(f"{server.url}/v1/documents/{kept['id']}").json()["status"] in ("reading", "ready")
+        server.wait_until_idle()

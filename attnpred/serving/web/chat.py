@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
@@ -18,7 +17,7 @@ from attnpred.serving.service import Service
 from attnpred.serving.web.documented import ANSWERS
 from attnpred.serving.web.serving import note, service_of
 from attnpred.serving.web.shapes import counters, looks, probabilities, timings, usage
-from attnpred.serving.web.stream import Events, EventStream, whole
+from attnpred.serving.web.stream import Events, reply
 from attnpred.serving.web.wire import ChatRequest
 
 router = APIRouter()
@@ -40,10 +39,6 @@ class Answer:
         self.counters: dict[str, Any] = {}
         self.done: Done | None = None
         self.has_tools = bool(asked.tools) and asked.tool_choice != "none"
-
-    def take(self, event: Event) -> None:
-        """Take in an event."""
-        self.chunks(event)
 
     def chunks(self, event: Event) -> list[tuple[str, Any]]:
         """Take in an event; return what a stream says of it."""
@@ -147,17 +142,12 @@ async def chat(request: Request, asked: ChatRequest) -> Response:
     answer = Answer(service, asked, prompt)
     await events.submit(service.engine, job)
     note(request, service, prompt, job)
-    if asked.stream:
-        return EventStream(events, answer.chunks)
-    if not await whole(request, events, answer.take):
-        return Response(status_code=499)
-    return JSONResponse(answer.body())
+    return await reply(request, events, answer, bool(asked.stream))
 
 
 async def prepared(service: Service, owner: str, asked: ChatRequest) -> tuple[Prompt, Events, Job]:
     """Return prompt, events and job of a chat. Raises `FieldError` for what cannot be done."""
-    if asked.stream_options is not None and not asked.stream:
-        raise FieldError("stream_options", "got stream_options without stream, expected stream=true")
+    asked.check_stream()
     if asked.tools and asked.tool_choice != "none" and not service.prompts.has_tools:
         raise FieldError("tools", "got tools, expected none: the model's chat template has no calls that can be parsed")
     drawing, most = asked.drawing(asked.alternatives), asked.most

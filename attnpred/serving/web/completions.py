@@ -5,7 +5,6 @@ import time
 from typing import Any, final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
@@ -17,7 +16,7 @@ from attnpred.serving.service import Service
 from attnpred.serving.web.documented import ANSWERS
 from attnpred.serving.web.serving import note, service_of
 from attnpred.serving.web.shapes import counters, piece, timings, usage
-from attnpred.serving.web.stream import Events, EventStream, whole
+from attnpred.serving.web.stream import Events, reply
 from attnpred.serving.web.wire import CompletionRequest
 
 router = APIRouter()
@@ -38,10 +37,6 @@ class Completion:
         self.tokens: list[list[tuple[int, Drawn]]] = [[] for _ in rows]
         self.counters: dict[str, Any] = {}
         self.done: Done | None = None
-
-    def take(self, event: Event) -> None:
-        """Take in an event."""
-        self.chunks(event)
 
     def chunks(self, event: Event) -> list[tuple[str, Any]]:
         """Take in an event; return what a stream says of it."""
@@ -90,8 +85,7 @@ class Completion:
 async def complete(request: Request, asked: CompletionRequest) -> Response:
     """Continue a text, or a list of tokens."""
     service, owner = service_of(request, asked.model)
-    if asked.stream_options is not None and not asked.stream:
-        raise FieldError("stream_options", "got stream_options without stream, expected stream=true")
+    asked.check_stream()
     if asked.reads:
         raise FieldError("reads", "got reads, expected it with documents, in /v1/chat/completions")
     prompt = await run_in_threadpool(_prompt, service, asked)
@@ -112,11 +106,7 @@ async def complete(request: Request, asked: CompletionRequest) -> Response:
     answer = Completion(service, asked)
     await events.submit(service.engine, job)
     note(request, service, prompt, job)
-    if asked.stream:
-        return EventStream(events, answer.chunks)
-    if not await whole(request, events, answer.take):
-        return Response(status_code=499)
-    return JSONResponse(answer.body())
+    return await reply(request, events, answer, bool(asked.stream))
 
 
 def _prompt(service: Service, asked: CompletionRequest) -> Prompt:

@@ -5,7 +5,6 @@ import time
 from typing import Any, final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from attnpred.serving.job import Done, Ended, Event, Said
@@ -13,7 +12,7 @@ from attnpred.serving.web.chat import prepared
 from attnpred.serving.web.documented import ANSWERS
 from attnpred.serving.web.serving import note, service_of
 from attnpred.serving.web.shapes import counters
-from attnpred.serving.web.stream import EventStream, whole
+from attnpred.serving.web.stream import reply
 from attnpred.serving.web.wire import ChatMessage, ChatRequest, ResponseRequest
 
 router = APIRouter()
@@ -29,10 +28,6 @@ class Answering:
         self.text, self.reason, self.number = "", "", 0
         self.done: Done | None = None
         self.counters: dict[str, Any] = {}
-
-    def take(self, event: Event) -> None:
-        """Take in an event."""
-        self.chunks(event)
 
     def chunks(self, event: Event) -> list[tuple[str, Any]]:
         """Take in an event; return what a stream says of it."""
@@ -114,11 +109,7 @@ async def respond(request: Request, asked: ResponseRequest) -> Response:
     answer = Answering(asked)
     await events.submit(service.engine, job)
     note(request, service, prompt, job)
-    if asked.stream:
-        return EventStream(events, answer.chunks, end="")
-    if not await whole(request, events, answer.take):
-        return Response(status_code=499)
-    return JSONResponse(answer.body())
+    return await reply(request, events, answer, bool(asked.stream), end="")
 
 
 def _as_chat(asked: ResponseRequest) -> ChatRequest:

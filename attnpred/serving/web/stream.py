@@ -6,10 +6,12 @@ token or between two, is noticed at once, and its request cancelled.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from typing import Any, final
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Protocol, final
 
 from fastapi import Request
+from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -65,31 +67,50 @@ class Events:
                 return
 
 
-async def whole(request: Request, events: Events, take: Callable[[Event], None]) -> bool:
-    """Give all events to `take`; return False, with the job cancelled, if the client goes before the last one."""
+class Answered(Protocol):
+    """Collects the events of a job."""
+
+    def chunks(self, event: Event) -> list[tuple[str, Any]]:
+        """Take in an event; return what a stream says of it: the names of server-sent events, and their data."""
+
+    def body(self) -> dict[str, Any]:
+        """Return the whole answer, after the last event."""
+
+
+async def reply(request: Request, events: Events, answer: Answered, is_streamed: bool, end: str = "[DONE]") -> Response:
+    """Return the answer to a request whose job is handed in. Raises the error of the job, if nothing is streamed."""
+    if is_streamed:
+        return EventStream(events, answer.chunks, end)
 
     async def listen() -> None:
         async for event in events.each():
             assert event is not None
-            take(event)
+            answer.chunks(event)
+
+    is_there = await _while_there(listen(), request.receive, events)
+    return JSONResponse(answer.body()) if is_there else Response(status_code=499)
+
+
+async def _while_there(work: Coroutine[Any, Any, None], receive: Receive, events: Events) -> bool:
+    """Do `work` while the client is there; return False, with the job cancelled, if it goes before the end."""
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
-    listening, watching = asyncio.ensure_future(listen()), asyncio.ensure_future(watch())
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(watch())
     try:
-        await asyncio.wait({listening, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not listening.done():
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             return False
-        listening.result()
+        working.result()
         return True
     finally:
-        if not listening.done():
+        if not working.done() or working.cancelled() or working.exception() is not None:
             events.cancel()
-        for task in (listening, watching):
+        for task in (working, watching):
             task.cancel()
-        await asyncio.gather(listening, watching, return_exceptions=True)
+        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 @final
@@ -104,23 +125,8 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        telling, watching = asyncio.ensure_future(self._tell(send)), asyncio.ensure_future(watch())
-        try:
-            await asyncio.wait({telling, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if telling.done():
-                telling.result()
-        except OSError:  # the client went while something was sent
-            pass
-        finally:
-            if not telling.done() or telling.cancelled() or telling.exception() is not None:
-                self.events.cancel()
-            for task in (telling, watching):
-                task.cancel()
-            await asyncio.gather(telling, watching, return_exceptions=True)
+        with suppress(OSError):  # the client went while something was sent
+            await _while_there(self._tell(send), receive, self.events)
 
     async def _tell(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -66,6 +66,11 @@ class Sampled(Strict):
         """Texts that end an answer."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    def check_stream(self) -> None:
+        """Raise `FieldError` for options of a stream that is none."""
+        if self.stream_options is not None and not self.stream:
+            raise FieldError("stream_options", "got stream_options without stream, expected stream=true")
+
     def drawing(self, alternatives: int | None) -> Drawing:
         """Return how tokens are drawn. Raises `FieldError`."""
         heat = 1.0 if self.temperature is None else self.temperature

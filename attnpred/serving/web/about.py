@@ -7,11 +7,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from attnpred.errors import ConfigError
-from attnpred.serving.job import FieldError
 from attnpred.serving.service import Service
 from attnpred.serving.web.documented import PLAIN, REFUSALS
-from attnpred.serving.web.serving import NoModelError, service_of
+from attnpred.serving.web.serving import prompt_of, service_of
 from attnpred.serving.web.shapes import piece
 from attnpred.serving.web.wire import TemplateRequest, TokenizeRequest
 
@@ -46,9 +44,7 @@ async def models(request: Request) -> JSONResponse:
 @router.get("/v1/models/{model:path}", responses=PLAIN)
 async def model(request: Request, model: str) -> JSONResponse:
     """The same by its name."""
-    service, _ = service_of(request)
-    if model != service.plan.name:
-        raise NoModelError(f"got model {model[:60]!r}, expected {service.plan.name!r}: it is the one that is served")
+    service, _ = service_of(request, model)
     return JSONResponse(_model(service))
 
 
@@ -87,12 +83,5 @@ async def tokenize(request: Request, asked: TokenizeRequest) -> JSONResponse:
 async def apply_template(request: Request, asked: TemplateRequest) -> JSONResponse:
     """The text of a prompt, as a chat would read it."""
     service, owner = service_of(request)
-    texts = await run_in_threadpool(service.texts, owner, asked.documents)
-    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or []]
-    if tools and not service.prompts.has_tools:
-        raise FieldError("tools", "got tools, expected none: the model's chat template has no calls that can be parsed")
-    try:
-        prompt = await run_in_threadpool(service.prompts.chat, [one.plain() for one in asked.messages], texts, tools)
-    except ConfigError as error:
-        raise FieldError("messages", error) from None
+    prompt = await prompt_of(service, owner, asked)
     return JSONResponse({"prompt": prompt.text})

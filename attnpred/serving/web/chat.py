@@ -9,13 +9,12 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from attnpred.errors import ConfigError
 from attnpred.serving.calls import Calls
-from attnpred.serving.job import Done, Ended, Event, FieldError, Job, Read, Said
+from attnpred.serving.job import Done, Ended, Event, Job, Read, Said
 from attnpred.serving.prompts import Prompt
 from attnpred.serving.service import Service
 from attnpred.serving.web.documented import ANSWERS
-from attnpred.serving.web.serving import note, service_of
+from attnpred.serving.web.serving import note, prompt_of, service_of
 from attnpred.serving.web.shapes import counters, looks, probabilities, timings, usage
 from attnpred.serving.web.stream import Events, reply
 from attnpred.serving.web.wire import ChatRequest
@@ -38,7 +37,7 @@ class Answer:
         self.told = [0 for _ in rows]
         self.counters: dict[str, Any] = {}
         self.done: Done | None = None
-        self.has_tools = bool(asked.tools) and asked.tool_choice != "none"
+        self.has_tools = bool(asked.callable_tools)
 
     def chunks(self, event: Event) -> list[tuple[str, Any]]:
         """Take in an event; return what a stream says of it."""
@@ -148,17 +147,8 @@ async def chat(request: Request, asked: ChatRequest) -> Response:
 async def prepared(service: Service, owner: str, asked: ChatRequest) -> tuple[Prompt, Events, Job]:
     """Return prompt, events and job of a chat. Raises `FieldError` for what cannot be done."""
     asked.check_stream()
-    if asked.tools and asked.tool_choice != "none" and not service.prompts.has_tools:
-        raise FieldError("tools", "got tools, expected none: the model's chat template has no calls that can be parsed")
     drawing, most = asked.drawing(asked.alternatives), asked.most
-    texts = await run_in_threadpool(service.texts, owner, asked.documents)
-    tools = None if asked.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in asked.tools or []]
-    try:
-        prompt = await run_in_threadpool(service.prompts.chat, [one.plain() for one in asked.messages], texts, tools)
-    except FieldError:
-        raise
-    except ConfigError as error:
-        raise FieldError("messages", error) from None
+    prompt = await prompt_of(service, owner, asked)
     events = Events()
     job = await run_in_threadpool(
         service.job,

@@ -33,7 +33,8 @@ class Completion:
         self.service, self.asked = service, asked
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         rows = range(asked.n or 1)
-        self.texts, self.reasons = ["" for _ in rows], [None for _ in rows]  # type: list[str], list[Any]
+        self.texts = ["" for _ in rows]
+        self.reasons: list[str | None] = [None for _ in rows]
         self.tokens: list[list[tuple[int, Drawn]]] = [[] for _ in rows]
         self.counters: dict[str, Any] = {}
         self.done: Done | None = None

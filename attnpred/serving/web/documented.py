@@ -31,12 +31,10 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     403: refusal("Another host or origin than this server's."),
     404: refusal("No such model or document."),
     413: refusal("The body is too long."),
-    422: refusal("Not used."),
     429: refusal("The queue is full; Retry-After says when to come back."),
     503: refusal("The model is being loaded, or the server stops."),
     504: refusal("The request took longer than it may."),
 }
-REFUSALS.pop(422)
 OBJECT = {"application/json": {"schema": {"type": "object"}}}
 ANSWERS: dict[int | str, dict[str, Any]] = REFUSALS | {
     200: {

@@ -148,14 +148,25 @@ class ResponseFormat(Strict):
     type: Annotated[str, only("text")]
 
 
-class ChatRequest(Sampled):
-    """POST /v1/chat/completions."""
+class TemplateRequest(Strict):
+    """POST /apply-template: what the prompt of a chat is made of."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    documents: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=100)] = []
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Those that an answer may call."""
+        return self.tools or []
+
+
+class ChatRequest(Sampled, TemplateRequest):
+    """POST /v1/chat/completions."""
+
     max_completion_tokens: Annotated[int, Field(ge=1, le=TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Annotated[str, only("auto", "none")] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -163,7 +174,11 @@ class ChatRequest(Sampled):
     metadata: Annotated[dict[str, Any], only({})] | None = None
     modalities: Annotated[list[str], only(["text"])] | None = None
     service_tier: Annotated[str, only("auto", "default")] | None = None
-    documents: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=100)] = []
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Those that an answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def most(self) -> int | None:
@@ -224,11 +239,3 @@ class TokenizeRequest(Strict):
     content: str
     add_special: bool = False
     with_pieces: bool = False
-
-
-class TemplateRequest(Strict):
-    """POST /apply-template."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    documents: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=100)] = []

@@ -5,6 +5,8 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any, final
 
+from attnpred.serving.telling import overlap
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -23,7 +25,7 @@ class Calls:
         while True:
             start = self._held.find(OPEN)
             if start < 0:
-                held = 0 if is_last else _overlap(self._held)
+                held = 0 if is_last else overlap(self._held, OPEN)
                 told += self._held[: len(self._held) - held]
                 self._held = self._held[len(self._held) - held :]
                 return told
@@ -52,7 +54,3 @@ def _parsed(body: str) -> dict[str, Any] | None:
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     call = {"name": name, "arguments": text}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": call}
-
-
-def _overlap(text: str) -> int:
-    return next((n for n in range(min(len(OPEN) - 1, len(text)), 0, -1) if text.endswith(OPEN[:n])), 0)

@@ -48,7 +48,7 @@ class Teller:
         if places:
             self.is_stopped, self._held = True, ""
             return text[: min(places)]
-        held = max((_overlap(text, stop) for stop in self.stops), default=0)
+        held = max((overlap(text, stop) for stop in self.stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -59,6 +59,6 @@ class Teller:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return how many letters at the end of `text` may be the beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

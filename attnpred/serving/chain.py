@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import queue
 import re
 import threading
@@ -35,8 +34,8 @@ import torch
 from torch import Tensor
 
 from attnpred.errors import AttnpredError, CacheFileError, OutputError
-from attnpred.folders import make_private, why_untrusted
 from attnpred.hf.saving import check_value
+from attnpred.serving.keeping import kept_files, make_room, mark_used, why_unusable
 from attnpred.store.safetensors_file import Entry, SafetensorsFile, write
 
 logger = logging.getLogger("attnpred")
@@ -92,11 +91,7 @@ class BlockStore:
             self._begin(folder)
 
     def _begin(self, folder: Path) -> None:
-        try:
-            make_private(folder)
-            why = why_untrusted(folder)
-        except OSError as error:
-            why = f"{folder}: {error.strerror}"
+        why = why_unusable(folder)
         if why is not None:
             logger.warning("what is read is not kept on disk: %s", why)
             return
@@ -123,8 +118,7 @@ class BlockStore:
         for name, block in reversed(list(zip(names, found, strict=False))):  # beginnings are the last to go
             self._hold(name, block)
             if self._writer is not None:
-                with contextlib.suppress(OSError):  # another process has removed it, or it is still to be written
-                    os.utime(self._path(name))
+                mark_used(self._path(name))
         return found
 
     def put(self, name: str, block: Tensors) -> None:
@@ -182,34 +176,16 @@ class BlockStore:
                     sums = {part: check_value(part, tensor) for part, tensor in block.items()}
                     entries = [Entry(part, x.dtype, tuple(x.shape), [x]) for part, x in block.items()]
                     write(path, entries, {SUMS: json.dumps(sums)})
-                    self._make_room()
+                    make_room(path.parent, _NAME, self.limit, path)
             except (OutputError, OSError) as error:
                 logger.warning("%s: a block is not kept on disk", error)
-
-    def _make_room(self) -> None:
-        assert self.folder is not None
-        used = sorted(((about.st_mtime, about.st_size, path) for path, about in _files(self.folder)), reverse=True)
-        total = 0
-        for _, size, path in used:
-            total += size
-            if total > self.limit:
-                path.unlink(missing_ok=True)
 
     def stored_bytes(self) -> int:
         """Return the bytes of all blocks on disk, those of other processes too."""
         if self._writer is None or self.folder is None:
             return 0
-        return sum(about.st_size for _, about in _files(self.folder))
+        return sum(about.st_size for _, about in kept_files(self.folder, _NAME))
 
 
 def _bytes(block: Tensors) -> int:
     return sum(tensor.nbytes for tensor in block.values())
-
-
-def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:
-    found = []
-    for path in folder.iterdir():
-        if _NAME.fullmatch(path.name):
-            with contextlib.suppress(OSError):  # another process has removed it
-                found.append((path, path.stat()))
-    return found

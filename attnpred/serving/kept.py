@@ -8,9 +8,7 @@ When the folder holds more than its limit, the files that were used longest ago 
 what the text says.
 """
 
-import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +19,10 @@ import torch
 from torch import Tensor
 
 from attnpred.config import CacheConfig
-from attnpred.folders import make_private, user_cache, why_untrusted
+from attnpred.folders import user_cache
 from attnpred.hf import TieredCache, last_queries, load_keys, made_by
 from attnpred.policies.base import Policy
+from attnpred.serving.keeping import make_room, mark_used, why_unusable
 from attnpred.store.estimate import free_disk_bytes, readable
 
 LIMIT = 8 << 30
@@ -31,7 +30,7 @@ LIMIT = 8 << 30
 
 
 _NAME = re.compile(r"[0-9a-f]{64}\.kv")
-"""Of `KeptTexts.path`: whatever else lies in the folder is somebody's, and is neither counted nor removed."""
+"""Of `KeptTexts.path`."""
 
 
 @final
@@ -72,33 +71,15 @@ class KeptTexts:
         """Return why the folder cannot be used; None if it can."""
         if self.folder is None:
             return "the user has no folder for it"
-        try:
-            make_private(self.folder)
-            return why_untrusted(self.folder)
-        except OSError as error:
-            return f"{self.folder}: {error.strerror}"
+        return why_unusable(self.folder)
 
     def load(self, path: Path, model: Any, ids: Tensor, policy: Policy[Any], settings: CacheConfig) -> TieredCache:
         """Return the cache at `path`, ready for `policy` to read the rest of `ids`. Raises `CacheFileError`."""
         cache = load_keys(path, model, ids, policy, settings)
-        with contextlib.suppress(OSError):
-            os.utime(path)  # so the order of times is the order of use
+        mark_used(path)
         return cache
 
     def keep(self, path: Path, cache: TieredCache, ids: Tensor) -> None:
         """Save `cache`, which holds `ids`, and let go what has no room beside it. Raises `CacheFileError`."""
         cache.save(path, ids)
-        used = [(about.st_mtime, about.st_size, other) for other, about in _files(path.parent) if other != path]
-        total = path.stat().st_size
-        for _, size, other in sorted(used, reverse=True):
-            total += size
-            if total > self.limit:
-                other.unlink(missing_ok=True)
-
-
-def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:
-    found = []
-    for path in filter(lambda path: _NAME.fullmatch(path.name), folder.iterdir()):
-        with contextlib.suppress(OSError):  # another process has removed it
-            found.append((path, path.stat()))
-    return found
+        make_room(path.parent, _NAME, self.limit, path)

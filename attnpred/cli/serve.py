@@ -93,7 +93,7 @@ def serve(
     from attnpred.serving.web.guard import Rules
 
     known = {*LOCAL, host, *(allow_host or ())}
-    anywhere = host in ("0.0.0.0", "::") and not allow_host and (bool(keys) or without_key)
+    anywhere = host in ("0.0.0.0", "::") and not allow_host
     plan = Plan(
         model=model,
         alias=name,

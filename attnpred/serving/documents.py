@@ -8,6 +8,7 @@ is one file of JSON, whole or not there. What the model has read of it is no par
 import json
 import re
 import secrets
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,47 +41,56 @@ class Document:
 
 @final
 class Documents:
-    """folder: None keeps them in memory alone. most: documents of one owner; most_bytes: of all their texts."""
+    """folder: None keeps them in memory alone. most: documents of one owner; most_bytes: of all their texts.
+
+    Any thread may use it.
+    """
 
     def __init__(self, folder: Path | None, most: int, most_bytes: int) -> None:
         self.folder, self.most, self.most_bytes = folder, most, most_bytes
         self._known: dict[str, dict[str, Document]] = {}
+        self._lock = threading.Lock()
 
     def add(self, owner: str, name: str, text: str, tokens: int) -> Document:
         """Keep a text. Raises `ConfigError` where the owner has too many, and `OutputError`."""
-        mine = self._of(owner)
-        if len(mine) >= self.most:
-            raise ConfigError(f"got a document more than {self.most}, expected fewer: delete some first")
-        size = len(text.encode()) + sum(len(one.text.encode()) for one in mine.values())
-        if size > self.most_bytes:
-            raise ConfigError(
-                f"got {size:,} bytes of documents, expected at most {self.most_bytes:,}: delete some first"
-            )
-        made = Document(f"doc-{secrets.token_hex(12)}", name, text, int(time.time()), tokens)
-        if self.folder is not None:
-            make_private(self.folder / owner)
-            with replacing(self._path(owner, made.id), PRIVATE) as fd:
-                put(fd, json.dumps(asdict(made)).encode())
-        mine[made.id] = made
+        with self._lock:
+            mine = self._of(owner)
+            if len(mine) >= self.most:
+                raise ConfigError(f"got a document more than {self.most}, expected fewer: delete some first")
+            size = len(text.encode()) + sum(len(one.text.encode()) for one in mine.values())
+            if size > self.most_bytes:
+                raise ConfigError(
+                    f"got {size:,} bytes of documents, expected at most {self.most_bytes:,}: delete some first"
+                )
+            made = Document(f"doc-{secrets.token_hex(12)}", name, text, int(time.time()), tokens)
+            if self.folder is not None:
+                make_private(self.folder / owner)
+                with replacing(self._path(owner, made.id), PRIVATE) as fd:
+                    put(fd, json.dumps(asdict(made)).encode())
+            mine[made.id] = made
         return made
 
     def get(self, owner: str, name: str) -> Document:
         """Return the document of that id. Raises `MissingError`."""
-        found = self._of(owner).get(name) if _ID.fullmatch(name) else None
+        with self._lock:
+            found = self._of(owner).get(name) if _ID.fullmatch(name) else None
         if found is None:
             raise MissingError(f"got document {name[:40]!r}, which is not there, expected one of GET /v1/documents")
         return found
 
     def list(self, owner: str) -> list[Document]:
         """Return all of an owner's, the newest first."""
-        return sorted(self._of(owner).values(), key=lambda one: (-one.created, one.id))
+        with self._lock:
+            found = list(self._of(owner).values())
+        return sorted(found, key=lambda one: (-one.created, one.id))
 
     def delete(self, owner: str, name: str) -> Document:
         """Forget a document. Raises `MissingError`."""
         found = self.get(owner, name)
-        if self.folder is not None:
-            self._path(owner, found.id).unlink(missing_ok=True)
-        del self._of(owner)[found.id]
+        with self._lock:
+            if self.folder is not None:
+                self._path(owner, found.id).unlink(missing_ok=True)
+            self._of(owner).pop(found.id, None)
         return found
 
     def _path(self, owner: str, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pypdf
@@ -39,6 +40,17 @@ def test_there_are_not_too_many(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="got a document more than 2"):
         shelf.add("one", "c", "z", 1)
     shelf.add("two", "c", "z", 1)
+
+
+def test_many_threads_see_all_of_them_at_once(tmp_path: Path) -> None:
+    """After a restart too, while the folder is read for the first time; and together they keep to the limit."""
+    shelf = Documents(tmp_path, 20, 1000)
+    with ThreadPoolExecutor(8) as pool:
+        added = [pool.submit(shelf.add, "one", "name", "text", 1) for _ in range(30)]
+        assert sum(one.exception() is None for one in added) == len(shelf.list("one")) == 20
+        again = Documents(tmp_path, 20, 1000)
+        seen = list(pool.map(lambda _: len(again.list("one")), range(8)))
+    assert seen == [20] * 8
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"id": 3}', "[" * 1000])

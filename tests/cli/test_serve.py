@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ import httpx
 import pytest
 
 from attnpred.cli.main import main
-from attnpred.serving.chain import SMALL
+from attnpred.serving.chain import BLOCK, SMALL
+from tests.serving.server import wait_for
 
 RUN = "import sys; from attnpred.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
@@ -44,11 +44,9 @@ def test_a_document_is_read_once_for_all_starts(tmp_path: Path) -> None:
     text = "The old clock stood in the hall. Nobody had wound it for years. " * 100
     with started(tmp_path) as (process, url):
         made = httpx.post(f"{url}/v1/documents?name=clock", content=text, headers={"content-type": "text/plain"}).json()
-        until = time.monotonic() + 60
-        while httpx.get(f"{url}/v1/documents/{made['id']}").json()["status"] != "ready":
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        time.sleep(0.5)  # they are written behind
+        wait_for(lambda: httpx.get(f"{url}/v1/documents/{made['id']}").json()["status"] == "ready", 60)
+        large, rest = divmod(made["to_read_tokens"], BLOCK)
+        wait_for(lambda: len(list(tmp_path.rglob("*.block"))) == large + rest // SMALL)  # they are written behind
         os.kill(process.pid, signal.SIGKILL)
     with started(tmp_path) as (process, url):
         (found,) = httpx.get(f"{url}/v1/documents").json()["data"]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,22 @@ from attnpred.serving.web.running import listen
 from tests.serving.test_turns import CHATML
 
 SMALL = CacheConfig(budget=128)
+STORY = "The old clock stood in the hall. Nobody had wound it for years, and yet it was never wrong by a minute. "
 LOCAL = frozenset(("127.0.0.1", "localhost"))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait until something is so. For what tells nobody when it is."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"it was not so within {seconds:g} s"
+        time.sleep(0.01)
+
+
+def is_idle(service: Service) -> bool:
+    """Return whether nothing runs or waits, and all memory was given back."""
+    engine = service.engine
+    return not (engine.running or engine.queued or engine.admission.taken)
 
 
 @dataclass
@@ -29,18 +44,9 @@ class Running:
     url: str
     port: int
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing runs or waits, and all memory was given back."""
-        engine = self.service.engine
-        return not (engine.running or engine.queued or engine.admission.taken)
-
     def wait_until_idle(self, seconds: float = 20.0) -> None:
         """Wait for what runs to end."""
-        until = time.monotonic() + seconds
-        while not self.is_idle:
-            assert time.monotonic() < until, "a request did not end"
-            time.sleep(0.01)
+        wait_for(lambda: is_idle(self.service), seconds)
 
 
 def loaded(service: Service, template: str | None = CHATML) -> Service:
@@ -65,8 +71,7 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [made]})
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
+        wait_for(lambda: server.started)
         yield Running(service, f"http://127.0.0.1:{port}", port)
     finally:
         server.should_exit = True

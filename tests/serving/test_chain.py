@@ -2,14 +2,14 @@
 
 import os
 import stat
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnpred.serving.chain import BLOCK, SMALL, BlockStore, chain
+from attnpred.serving.chain import BLOCK, SMALL, BlockStore, Tensors, chain
+from tests.serving.server import wait_for
 
 IDS = list(range(BLOCK * 3 + 7))
 
@@ -33,7 +33,7 @@ def filled(folder: Path | None, limit: int = 1 << 30, memory: int = 1 << 30) -> 
     return store, names
 
 
-def same(found: list, wanted: int) -> bool:  # type: ignore[type-arg]
+def same(found: list[Tensors], wanted: int) -> bool:
     return len(found) == wanted and all(
         torch.equal(one[part], block(number)[part]) for number, one in enumerate(found) for part in one
     )
@@ -107,10 +107,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     one, names = filled(tmp_path / "blocks", memory=0)
     other = BlockStore(tmp_path / "blocks", 1 << 30, 0)
-    until = time.monotonic() + 10
-    while not other.has(names[-1]):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(lambda: other.has(names[-1]))
     assert same(other.take(names), 3)
     one.close()
     other.close()

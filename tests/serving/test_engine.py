@@ -11,12 +11,11 @@ import pytest
 from torch import Tensor
 
 from attnpred.errors import StoreError
+from attnpred.hf.layer import TieredLayer
 from attnpred.serving.drawing import Drawing
 from attnpred.serving.job import Done, Ended, Event, Failed, Job, Read, Said, StoppingError, TooLateError
 from attnpred.serving.service import Plan, Service
-from tests.serving.server import SMALL, loaded
-
-STORY = "The old clock stood in the hall. Nobody had wound it for years, and yet it was never wrong by a minute. "
+from tests.serving.server import SMALL, STORY, is_idle, loaded, wait_for
 
 
 @dataclass
@@ -62,10 +61,7 @@ def ask(service: Service, words: int, most: int = 8, **more: Any) -> Asked:
 
 
 def wait_until_idle(service: Service) -> None:
-    until = time.monotonic() + 20
-    while service.engine.running or service.engine.queued or service.engine.admission.taken:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(lambda: is_idle(service))
 
 
 @pytest.mark.slow
@@ -130,7 +126,9 @@ def test_a_row_that_fails_takes_nobody_along(service: Service, together: bool, m
     while not isinstance(doomed.next(), Said):
         pass
     row = next(row for one in service.engine._writing for row in one.rows if row.job is doomed.job)
-    broken.append(row.cache.layers[3].store)  # type: ignore[union-attr]
+    layer = row.cache.layers[3]
+    assert isinstance(layer, TieredLayer)
+    broken.append(layer.store)
     failed = doomed.finish()
     assert isinstance(failed, Failed) and "broken disk" in str(failed.error)
     for other in others:

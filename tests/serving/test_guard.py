@@ -9,10 +9,11 @@ import httpx
 import pytest
 
 from attnpred.serving.service import Plan
-from tests.serving.server import SMALL, Running, serving
+from tests.serving.server import SMALL, Running, serving, wait_for
+from tests.serving.server import STORY as SENTENCE
 
 KEYS = ("first-key-of-sixteen-letters", "second-key-of-sixteen-letters")
-STORY = "The old clock stood in the hall. Nobody had wound it for years, and yet it was never wrong by a minute. " * 24
+STORY = SENTENCE * 24
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,9 @@ def test_the_log_has_a_line_for_each_request_and_no_word_of_it(
     with caplog.at_level(logging.INFO, "attnpred.serve"):
         body = {"model": "demo", "messages": [{"role": "user", "content": "SECRETWORD"}], "max_tokens": 2}
         found = httpx.post(f"{server.url}/v1/chat/completions?q=SECRETWORD", json=body, headers=headers(), timeout=60)
-        httpx.get(f"{server.url}/v1/documents/SECRETWORD", headers=headers("SECRETWORD"))
+        wait_for(lambda: any(found.headers["x-request-id"] in line for line in caplog.messages))  # after the answer
+        refused = httpx.get(f"{server.url}/v1/documents/SECRETWORD", headers=headers("SECRETWORD"))
+        wait_for(lambda: any(refused.headers["x-request-id"] in line for line in caplog.messages))
     lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "attnpred.serve"][-2:]
     assert [line["status"] for line in lines] == [200, 401] and lines[0]["path"] == "/v1/chat/completions"
     assert lines[0]["request"] == found.headers["x-request-id"] and lines[0]["prompt_tokens"] > 0

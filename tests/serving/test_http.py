@@ -14,9 +14,10 @@ import torch
 from attnpred.errors import StoreError
 from attnpred.serving import engine
 from attnpred.serving.service import Plan
-from tests.serving.server import SMALL, Running, serving
+from tests.serving.server import SMALL, Running, is_idle, serving
+from tests.serving.server import STORY as SENTENCE
 
-STORY = "The old clock stood in the hall. Nobody had wound it for years, and yet it was never wrong by a minute. " * 24
+STORY = SENTENCE * 24
 ASKED: Any = [{"role": "user", "content": STORY + "Who wound it?"}]
 
 
@@ -38,7 +39,7 @@ def post(server: Running, path: str, **body: Any) -> httpx.Response:
 
 def test_models_tell_their_context(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
-    assert model.id == "demo" and model.context_length == 8192  # type: ignore[attr-defined]
+    assert model.id == "demo" and model.to_dict()["context_length"] == 8192
     assert client.models.retrieve("demo").id == "demo"
 
 
@@ -267,7 +268,7 @@ def test_what_can_never_fit_is_refused_in_one_line() -> None:
         assert (
             found.status_code == 400 and "expected at most 1.00 MiB (memory_limit)" in found.json()["error"]["message"]
         )
-        assert server.is_idle
+        assert is_idle(server.service)
 
 
 @pytest.mark.slow

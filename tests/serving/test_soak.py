@@ -18,11 +18,10 @@ import httpx
 import pytest
 
 from attnpred.serving.service import Plan
-from tests.serving.server import SMALL, Running, serving
+from tests.serving.server import SMALL, STORY, Running, serving
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "40"))
 CLIENTS = 6
-STORY = "The old clock stood in the hall. Nobody had wound it for years, and yet it was never wrong by a minute. "
 KNOWN = [{"model": "demo", "prompt": STORY * n, "max_tokens": 6, "temperature": 0} for n in (1, 6, 14)]
 
 

@@ -13,7 +13,7 @@ import torch
 from attnpred.serving import answers
 from attnpred.serving.drawing import Drawing, Drawn
 from attnpred.serving.service import Plan
-from tests.serving.server import SMALL, Running, serving
+from tests.serving.server import SMALL, Running, serving, wait_for
 
 TEMPLATE = (
     "{% if tools %}<|system|>{{ tools | tojson }} Call them in <tool_call>.\n{% endif %}"
@@ -62,11 +62,12 @@ def test_a_call_comes_back_whole_and_streamed(server: Running, caplog: pytest.Lo
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         with caplog.at_level(logging.INFO, "attnpred.serve"):
             found = client.chat.completions.create(model="demo", messages=messages, tools=TOOLS)
+            wait_for(lambda: caplog.records)  # the line comes after the answer
         (choice,) = found.choices
         assert choice.finish_reason == "tool_calls" and choice.message.content == "Let me look. "
         (call,) = choice.message.tool_calls or []
-        assert call.function.name == "look_up"  # type: ignore[union-attr]
-        assert json.loads(call.function.arguments) == {"place": "Arica"}  # type: ignore[union-attr]
+        assert call.type == "function" and call.function.name == "look_up"
+        assert json.loads(call.function.arguments) == {"place": "Arica"}
         stream = client.chat.completions.create(model="demo", messages=messages, tools=TOOLS, stream=True)
         chunks = [chunk.choices[0] for chunk in stream]
         assert "".join(one.delta.content or "" for one in chunks) == "Let me look. "
